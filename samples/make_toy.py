@@ -291,13 +291,49 @@ def vae_stage(args):
 
 
 def make_vocoder():
+    """SpeechT5HifiGan that starts as a bank of oscillators, one per mel band.
+
+    A small HiFi-GAN does not find pure tones (whistle, birds) in minutes. A convolutional vocoder
+    can only sound harmonics of its frame rate (50 Hz) when the mel stands still, so they are put
+    in: conv_pre passes the bands on; the first upsampler (x20, 1 kHz) turns a band into an
+    oscillation relative to the nearest multiple of 1 kHz, as a pair of phases; the second (x16)
+    moves it up to its frequency. Training then finds amplitudes, noise and transients.
+    """
+    import torchaudio
     from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
     torch.manual_seed(13)
-    return SpeechT5HifiGan(SpeechT5HifiGanConfig(
+    vocoder = SpeechT5HifiGan(SpeechT5HifiGanConfig(
         model_in_dim=MELS, sampling_rate=SAMPLE_RATE, upsample_initial_channel=64,
-        upsample_rates=[5, 4, 4, 4], upsample_kernel_sizes=[11, 8, 8, 8],
-        resblock_kernel_sizes=[3, 7], resblock_dilation_sizes=[[1, 3], [1, 3]],
-        normalize_before=False, initializer_range=0.05))
+        upsample_rates=[20, 16], upsample_kernel_sizes=[40, 32], resblock_kernel_sizes=[3],
+        resblock_dilation_sizes=[[1]], normalize_before=False, initializer_range=0.02))
+    filters = torchaudio.functional.melscale_fbanks(513, 0, 8000, MELS, SAMPLE_RATE, "slaney", "slaney")
+    centre = torch.linspace(0, 8000, 513)[filters.argmax(dim=0)]
+    centre = (centre / 50).round() * 50                                   # Hz, harmonics of 50
+    with torch.no_grad():
+        for conv in (vocoder.conv_pre, vocoder.conv_post, *vocoder.upsampler):
+            conv.bias.zero_()
+        bands = torch.arange(MELS)
+        vocoder.conv_pre.weight.mul_(0.2)
+        vocoder.conv_pre.weight[bands, bands, 3] += 1.0
+        vocoder.conv_pre.bias[bands] = -1.0                               # quiet bands stay quiet
+        first, second = (layer.weight for layer in vocoder.upsampler)     # (in, out, taps)
+        first.mul_(0.2), second.mul_(0.2)
+        slow, fast = torch.arange(40) - 10, torch.arange(32) - 8
+        for band in range(MELS):
+            carrier = int(torch.round(centre[band] / 1000))
+            beat = 2 * math.pi * (centre[band] - 1000 * carrier) / 1000 * slow + 2.4 * band
+            window = torch.hann_window(40)
+            first[band, 2 * carrier] += window * beat.cos()
+            first[band, 2 * carrier + 1] -= window * beat.sin()
+        for carrier in range(9):
+            angle = 2 * math.pi * 1000 * carrier / SAMPLE_RATE * fast
+            for output in range(2):                # two opposite copies survive the leaky ReLU
+                sign = 1 - 2 * output
+                second[2 * carrier, output] += 0.1 * sign * torch.hann_window(32) * angle.cos()
+                second[2 * carrier + 1, output] += 0.1 * sign * torch.hann_window(32) * angle.sin()
+        vocoder.conv_post.weight.mul_(0.2)
+        vocoder.conv_post.weight[0, :2, 3] += torch.tensor([1.0, -1.0])
+    return vocoder
 
 
 def spectral_loss(output, target):
@@ -307,13 +343,13 @@ def spectral_loss(output, target):
         window = torch.hann_window(n_fft)
         spec = [torch.stft(w, n_fft, n_fft // 4, window=window, return_complex=True).abs()
                 for w in (output, target)]
-        loss = loss + F.l1_loss(*[torch.log(s + 1e-3) for s in spec])
+        loss = loss + F.l1_loss(*[torch.log(s + 0.03) for s in spec])
         loss = loss + (spec[0] - spec[1]).norm() / spec[1].norm()
     return loss
 
 
 def vocoder_stage(args):
-    """SpeechT5HifiGan of 0.1 M parameters, on one-second excerpts."""
+    """The vocoder, trained on excerpts of 0.64 s."""
     vocoder = make_vocoder()
     _, waves = train_split(args)
     mels = mels_of(args, "train")
@@ -326,7 +362,7 @@ def vocoder_stage(args):
         wave = to_float(np.stack([waves[c, s * HOP:(s + frames) * HOP] for c, s in zip(clips, starts)]))
         return spectral_loss(vocoder(mel), wave)
 
-    return train("vocoder", vocoder, loss_fn, args, steps=5000, lr=2e-3, batch=16, betas=(0.8, 0.99))
+    return train("vocoder", vocoder, loss_fn, args, steps=2500, lr=2e-3, batch=16, betas=(0.8, 0.99))
 
 
 @torch.no_grad()
