@@ -169,7 +169,7 @@ def guided_prediction(unet, latents: Tensor, timesteps: Tensor, condition: dict,
     """
     if guidance_scale == 1:
         return unet(latents, timesteps, **condition).sample.float()
-    both = {key: torch.cat([uncondition[key], condition[key]]) for key in condition}
+    both = {k: v if v is None else torch.cat([uncondition[k], v]) for k, v in condition.items()}
     output = unet(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), **both).sample
     uncond, cond = output.float().chunk(2)
     return uncond + guidance_scale * (cond - uncond)
@@ -251,9 +251,9 @@ class Config:
     prompts: str = option("", "text file, one training prompt per line; blank lines and # are skipped")
     eval_prompts: str = option("", "held-out prompts for evaluation (default: eval_prompts.txt beside "
                                "--prompts if it exists, else every fourth training prompt is held out)")
-    preset: str = option("toy", "named set of defaults", ("toy", "audioldm", "audioldm2"))
+    preset: str = option("toy", "named set of defaults", ("toy", "audioldm"))
     out: str = option("", "run directory, must not exist (default: runs/PRESET-1, -2, ...)")
-    model: str = option(str(HERE / "samples/toy/pipeline"), "AudioLDM or AudioLDM2 pipeline: folder or hub id")
+    model: str = option(str(HERE / "samples/toy/pipeline"), "AudioLDM pipeline: folder or hub id")
     clap: str = option(str(HERE / "samples/toy/clap.pt"), "laion-clap checkpoint file: the reward")
     judge: str = option(str(HERE / "samples/toy/judge"), "transformers ClapModel, folder or hub id: "
                         "never trained against, only asked")
@@ -262,6 +262,7 @@ class Config:
     guidance_scale: float = option(1.0, "classifier-free guidance; 1 = none, half the cost")
     eta: float = option(1.0, "noise of a noisy step in units of DDPM's, in (0, 1]")
     noise_window: str = option("2", "number of consecutive noisy steps per clip, or 'all'")
+    noise_until: float = option(0.4, "noise windows lie within this first part of the steps, in (0, 1]")
     shared_noise: bool = option(True, "the clips of a prompt start from one noise x_T")
     train_steps: int = option(0, "noisy steps of a clip that are trained, drawn at random; 0 = all")
     epochs: int = option(40, "rounds of rollout and update")
@@ -296,45 +297,35 @@ class Config:
         return self.prompts_per_epoch * self.clips_per_prompt
 
 
-PRESETS: dict[str, dict] = {
+PRESETS: dict[str, dict] = {      # named sets of defaults, nothing else; any flag overrides them
     "toy": {},
     "audioldm": dict(model="cvssp/audioldm-s-full-v2", clap="630k-audioset-best.pt",
                      judge="laion/larger_clap_general", seconds=5.12, num_steps=20, guidance_scale=2.5,
                      epochs=100, learning_rate=1e-4, micro_batch=8, dtype="bfloat16"),
-    "audioldm2": dict(model="cvssp/audioldm2", clap="630k-audioset-best.pt",
-                      judge="laion/larger_clap_general", seconds=5.12, num_steps=20, guidance_scale=3.5,
-                      epochs=100, learning_rate=1e-4, micro_batch=4, dtype="bfloat16"),
 }
-
-# (field, what must hold, remedy): checked in order, the value is printed with the remedy.
-CHECKS: list[tuple[str, Callable, str]] = [
-    ("num_steps", lambda c: 2 <= c.num_steps <= 1000, "use 2 to 1000 steps"),
-    ("eta", lambda c: 0 < c.eta <= 1, "use a value in (0, 1]: without noise a step has no probability"),
-    ("noise_window", lambda c: c.noise_window == "all" or c.noise_window.isdigit() and c.window >= 1,
-     "use a number of steps, or 'all'"),
-    ("noise_window", lambda c: c.noise_window == "all" or c.window <= c.num_steps - 1,
-     "use at most --num-steps minus 1: the last step is never trained"),
-    ("train_steps", lambda c: 0 <= c.train_steps <= min(c.window, c.num_steps - 1),
-     "use at most the noisy steps that can be trained, or 0 for all of them"),
-    ("clips_per_prompt", lambda c: c.clips_per_prompt >= 2,
-     "use at least 2: a clip's advantage is relative to the other clips of its prompt"),
-    ("guidance_scale", lambda c: 1 <= c.guidance_scale <= 50, "use 1 (no guidance) to 50"),
-    ("seconds", lambda c: 0.1 <= c.seconds <= 60, "use 0.1 to 60 seconds"),
-    ("learning_rate", lambda c: 0 < c.learning_rate < 1, "use a value in (0, 1)"),
-    ("clip_range", lambda c: 0 < c.clip_range < 1, "use a value in (0, 1)"),
-    ("advantage_clip", lambda c: c.advantage_clip > 0, "use a positive number"),
-] + [(name, lambda c, name=name: getattr(c, name) >= 1, "use a whole number of at least 1")
-     for name in ("epochs", "prompts_per_epoch", "updates_per_epoch", "passes", "lora_rank",
-                  "micro_batch", "eval_noises")
-     ] + [(name, lambda c, name=name: getattr(c, name) >= 0, "use 0 or more")
-          for name in ("warmup_updates", "kl_weight", "max_grad_norm", "judge_every", "seed")]
+RANGES = {"num_steps": (2, 1000), "eta": (1e-3, 1), "guidance_scale": (1, 50), "seconds": (0.1, 60),
+          "train_steps": (0, 1000), "noise_until": (1e-3, 1), "epochs": (1, 10 ** 6), "prompts_per_epoch": (1, 10 ** 4),
+          "clips_per_prompt": (2, 10 ** 4), "updates_per_epoch": (1, 1000), "passes": (1, 100),
+          "learning_rate": (1e-9, 1), "warmup_updates": (0, 10 ** 6), "clip_range": (1e-9, 1),
+          "advantage_clip": (0.1, 1000), "kl_weight": (0, 1000), "max_grad_norm": (0, 10 ** 6),
+          "lora_rank": (1, 1024), "micro_batch": (1, 10 ** 4), "eval_noises": (1, 1000),
+          "judge_every": (0, 10 ** 6), "seed": (0, 2 ** 40)}
+REASONS = {"eta": "without noise a step has no probability",
+           "clips_per_prompt": "a clip's advantage is relative to the other clips of its prompt"}
 
 
 def check_config(cfg: Config) -> Config:
-    """The config itself; UserError with the flag, its value and the remedy where a check fails."""
-    for name, holds, remedy in CHECKS:
-        if not holds(cfg):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {remedy}")
+    """The config itself; UserError with flag, value and remedy where a value cannot work."""
+    for name, (low, high) in RANGES.items():
+        if not low <= getattr(cfg, name) <= high:
+            reason = f"; {REASONS[name]}" if name in REASONS else ""
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: use {low} to {high}{reason}")
+    if cfg.noise_window != "all" and not (cfg.noise_window.isdigit() and 1 <= cfg.window < cfg.num_steps):
+        raise UserError(f"--noise-window {cfg.noise_window}: use 1 to {cfg.num_steps - 1} (one less than "
+                        "--num-steps, as the last step is never trained), or 'all'")
+    if cfg.train_steps > min(cfg.window, cfg.num_steps - 1):
+        raise UserError(f"--train-steps {cfg.train_steps}: use at most the noisy steps that can be trained, "
+                        f"{min(cfg.window, cfg.num_steps - 1)}, or 0 for all of them")
     return cfg
 
 
@@ -435,7 +426,7 @@ def warn(message: str) -> None:
 # =================================================================================================
 
 def load_pipeline(model: str, device: torch.device):
-    """AudioLDMPipeline or AudioLDM2Pipeline in float32 and eval mode, with a DDIM scheduler.
+    """AudioLDMPipeline in float32 and eval mode, with a DDIM scheduler.
 
     Args: model: a folder written by `save_pretrained`, or a hub id (downloaded once, cached).
     Raises: UserError for a folder that is no pipeline, another kind of pipeline, or no network.
@@ -446,25 +437,18 @@ def load_pipeline(model: str, device: torch.device):
     import_audio_packages()
     import diffusers
     diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
     try:
         kind = diffusers.DiffusionPipeline.load_config(model)["_class_name"]
-        if kind not in ("AudioLDMPipeline", "AudioLDM2Pipeline"):
-            raise UserError(f"--model {model}: a {kind}; only AudioLDM and AudioLDM2 are supported "
-                            "(MusicLDM does not run on transformers 5, Stable Audio is not sampled with DDIM)")
-        parts = {}
-        if kind == "AudioLDM2Pipeline":      # its index names GPT2Model, which can no longer generate
-            from transformers import GPT2LMHeadModel
-            parts["language_model"] = (GPT2LMHeadModel.from_pretrained(folder / "language_model")
-                                       if folder.exists() else
-                                       GPT2LMHeadModel.from_pretrained(model, subfolder="language_model"))
-        pipeline = getattr(diffusers, kind).from_pretrained(model, torch_dtype=torch.float32, **parts)
+        if kind == "AudioLDMPipeline":
+            pipeline = diffusers.AudioLDMPipeline.from_pretrained(model, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
         remedy = ("the folder is incomplete" if folder.exists() else
                   "no such folder, and the hub cannot be reached or does not know it; "
                   "the bundled model needs no network: --preset toy")
         raise UserError(f"--model {model}: {remedy} ({first_line(error)})") from None
+    if kind != "AudioLDMPipeline":
+        raise UserError(f"--model {model}: a {kind}; only AudioLDMPipeline is supported")
     if type(pipeline.scheduler).__name__ != "DDIMScheduler":
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
     for part in pipeline.components.values():
@@ -487,16 +471,12 @@ def first_line(error: Exception) -> str:
 
 
 @torch.no_grad()
-def encode_prompts(pipeline, prompts: list[str]) -> dict[str, Tensor]:
-    """The U-Net's keyword arguments for N prompts, each with leading dimension N.
+def encode_prompts(pipeline, prompts: list[str]) -> dict[str, Tensor | None]:
+    """The U-Net's keyword arguments for N prompts: class_labels (N, E), normalised text embeddings.
 
-    AudioLDM: class_labels (N, E), the normalised CLAP text embedding. AudioLDM2: two sequences of
-    hidden states and a mask. Everything after this function is the same for both.
+    The one function that knows how the model is conditioned: everything after it passes the
+    dictionary on, row by row.
     """
-    if hasattr(pipeline, "language_model"):
-        states, mask, generated = pipeline.encode_prompt(prompts, pipeline.unet.device, 1, False)
-        return {"encoder_hidden_states": generated, "encoder_hidden_states_1": states,
-                "encoder_attention_mask_1": mask}
     tokens = pipeline.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt",
                                 max_length=pipeline.tokenizer.model_max_length).to(pipeline.unet.device)
     embeds = pipeline.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).text_embeds
@@ -521,13 +501,18 @@ def check_prompts(pipeline, model: str, prompts: list[str]) -> None:
                  "for an open vocabulary use --preset audioldm")
 
 
+# The attention, as everywhere; and the layers through which an AudioLDM U-Net hears its prompt: it
+# has no cross-attention to text, class_embedding feeds the time embedding of every ResNet block.
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "time_emb_proj", "class_embedding"]
+
+
 def add_lora(unet, rank: int) -> list[torch.nn.Parameter]:
     """Trainable float32 weights of a LoRA adapter (Hu et al. 2021) on the attention of a frozen U-Net.
 
     Each attention matrix W becomes W + B A with B zero at first, so the policy starts at the base.
     """
     from peft import LoraConfig, inject_adapter_in_model
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS)
     unet.requires_grad_(False)
     inject_adapter_in_model(config, unet)
     unet.eval()
@@ -560,8 +545,9 @@ def load_adapter_state(unet, state: dict[str, Tensor]) -> None:
 
 
 ADAPTER_FILE = "adapter.safetensors"
-ADAPTER_SNIPPET = """from diffusers import AudioLDMPipeline
-pipe = AudioLDMPipeline.from_pretrained({model!r})
+ADAPTER_SNIPPET = """import torch
+from diffusers import AudioLDMPipeline
+pipe = AudioLDMPipeline.from_pretrained({model!r}, dtype=torch.float32)
 pipe.unet.load_lora_adapter({folder!r}, prefix=None, weight_name={file!r})
 audio = pipe(prompt, num_inference_steps={steps}, guidance_scale={guidance}, audio_length_in_s={seconds}).audios"""
 
@@ -674,17 +660,10 @@ def rollout(policy: Policy, prompt_ids: Tensor, starts: Tensor, cfg: Config, gen
     return Rollout(latents, {key: torch.cat([part[key] for part in table]) for key in table[0]})
 
 
-def choose_rows(rows: dict, train_steps: int, generator: torch.Generator) -> dict:
-    """At most `train_steps` rows of each clip, drawn at random; 0 keeps all."""
-    if not train_steps:
-        return rows
-    clip = rows["clip"].cpu()
-    order = torch.randperm(len(clip), generator=generator)
-    rank = torch.zeros_like(clip)
-    for c in clip.unique():
-        mine = order[clip[order] == c]
-        rank[mine] = torch.arange(len(mine))
-    keep = (rank < train_steps).to(rows["clip"].device)
+def choose_rows(rows: dict, train_steps: int, clips: int, generator: torch.Generator) -> dict:
+    """`train_steps` rows of each of the `clips` clips, drawn at random; 0 keeps all rows."""
+    order = (rows["clip"].cpu() + torch.rand(len(rows["clip"]), generator=generator)).argsort()
+    keep = order.view(clips, -1)[:, :train_steps or None].flatten().to(rows["clip"].device)
     return {key: value[keep] for key, value in rows.items()}
 
 
@@ -698,11 +677,15 @@ def sample(policy: Policy, prompt_ids: Tensor, noise: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode(pipeline, latents: Tensor, micro_batch: int, seconds: float) -> Tensor:
-    """Waveforms (B, samples) float32 on the CPU in [-1, 1] of latents: VAE decoder, then vocoder."""
+def decode(pipeline, latents: Tensor, seconds: float) -> Tensor:
+    """Waveforms (B, samples) float32 on the CPU in [-1, 1] of latents: VAE decoder, then vocoder.
+
+    Four clips at a time: the vocoder's activations are 1,000 times as large as the latents, and
+    more clips at once made it slower, not faster.
+    """
     samples = round(seconds * pipeline.vocoder.config.sampling_rate)
     parts = []
-    for chunk in latents.split(micro_batch):
+    for chunk in latents.split(4):
         mel = pipeline.vae.decode(chunk / pipeline.vae.config.scaling_factor).sample
         parts.append(pipeline.mel_spectrogram_to_waveform(mel)[:, :samples].clamp(-1, 1))
     return torch.cat(parts)
@@ -757,7 +740,6 @@ def load_clap(checkpoint: str, tokenizer, device="cpu") -> torch.nn.Module:
     Raises: UserError if the file is missing, holds more than weights, lacks a weight or has one too
         many, or if the tokenizer tells two prompts apart no better than an empty one would.
     """
-    import argparse as argparse_module
     from importlib.util import find_spec
     import numpy as np
     path = Path(checkpoint)
@@ -769,8 +751,8 @@ def load_clap(checkpoint: str, tokenizer, device="cpu") -> torch.nn.Module:
         name = "HTSAT-base.json" if path.name.startswith("music") else "HTSAT-tiny.json"
         config = Path(find_spec("laion_clap").submodule_search_locations[0], "clap_module/model_configs", name)
     clap = build_clap(json.loads(config.read_text()))
-    scalar = np.core.multiarray.scalar           # the official files were pickled with these
-    allowed = [scalar, np.dtype, np.dtypes.Float64DType, argparse_module.Namespace]
+    # The official files hold these besides weights; whatever else a file wants to make is refused.
+    allowed = [np.core.multiarray.scalar, np.dtype, np.dtypes.Float64DType, argparse.Namespace]
     try:
         with torch.serialization.safe_globals(allowed):
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -876,7 +858,7 @@ def check_on_policy(policy: Policy, rows: dict, at: Tensor, ratio: Tensor, cfg: 
     else:
         swapped = dataclasses.replace(policy, guidance_scale=1 - policy.guidance_scale)
         shifted = [(f"rows carry another timestep: they fit {-d:+d} steps away", policy,
-                    {**rows, "step": (rows["step"] + d).clamp(0, cfg.num_steps - 1)}) for d in (-1, 1)]
+                    {**rows, "step": (rows["step"] + d).clamp(0, cfg.num_steps - 2)}) for d in (-1, 1)]
         for name, tried, table in [("the conditional and unconditional halves are swapped", swapped, rows)] + shifted:
             with torch.no_grad():
                 log_prob, _, _ = replay(tried, table, at, cfg)
@@ -979,7 +961,7 @@ def make_clips(world, policy: Policy, prompt_ids: list[int], n: int, seed: int, 
     waveforms, rewards, embeds = [], [], []
     for at in progress_bar(torch.arange(len(ids)).split(max(policy.micro_batch, 32)), label):
         latents = sample(policy, ids[at].to(policy.device), noise[at].to(policy.device))
-        waveforms.append(decode(world.pipeline, latents, policy.micro_batch, world.cfg.seconds))
+        waveforms.append(decode(world.pipeline, latents, world.cfg.seconds))
         rewards.append(world.reward(waveforms[-1], world.sample_rate, [world.prompts[i] for i in ids[at].tolist()]))
         embeds.append(judge_audio_embeds(world.judge, waveforms[-1], world.sample_rate))
     shape = (len(prompts), n)
@@ -998,24 +980,32 @@ def per_prompt_metrics(clips: Clips) -> dict[str, Tensor]:
     """Each figure of merit as its mean over the clips of a prompt, (M,).
 
     recognition: the judge picks the clip's own prompt among all M (chance 1/M). diversity: mean
-    pairwise cosine distance of a prompt's clips. loudness: RMS in dB of full scale. broken: clips
-    that are silent (below -60 dBFS) or clipped (1 % of samples at full scale).
+    pairwise cosine distance of a prompt's clips under the judge; diversity_right: the same among
+    its recognised clips (NaN with fewer than two), since a model that makes mistakes is diverse.
+    loudness: RMS in dB of full scale. broken: clips that are silent (below -60 dBFS) or clipped
+    (1 % of samples at full scale).
     """
     count, n = clips.reward.shape
-    own = clips.judge[torch.arange(count), :, torch.arange(count)]
+    own = torch.arange(count)
     loudness = 10 * clips.waveforms.square().mean(dim=-1).clamp(min=1e-12).log10()
     broken = (loudness < -60) | ((clips.waveforms.abs() > 0.999).float().mean(dim=-1) > 0.01)
-    metrics = {"reward": clips.reward, "judge_score": own, "loudness": loudness, "broken": broken,
-               "recognition": clips.judge.argmax(dim=-1) == torch.arange(count)[:, None]}
+    right = clips.judge.argmax(dim=-1) == own[:, None]
+    metrics = {"reward": clips.reward, "judge_score": clips.judge[own, :, own], "recognition": right,
+               "loudness": loudness, "broken": broken}
     metrics = {name: value.float().mean(dim=1) for name, value in metrics.items()}
-    if n > 1:
-        similarity = torch.einsum("mie,mje->mij", clips.embeds, clips.embeds).sum(dim=(1, 2)) - n
-        metrics["diversity"] = 1 - similarity / (n * (n - 1))
+    distance = 1 - torch.einsum("mie,mje->mij", clips.embeds, clips.embeds)
+    pairs = ~torch.eye(n, dtype=torch.bool).expand(count, n, n)
+    right_pairs = pairs & right[:, :, None] & right[:, None, :]
+    for name, chosen in (("diversity", pairs), ("diversity_right", right_pairs)):
+        metrics[name] = (distance * chosen).sum(dim=(1, 2)) / chosen.sum(dim=(1, 2))
     return metrics
 
 
-def bootstrap(values: Tensor, draws: int = 2000) -> dict[str, float]:
-    """Mean over prompts with its 95 % percentile bootstrap interval; values (M,), one per prompt."""
+def bootstrap(values: Tensor, draws: int = 2000) -> dict[str, float] | None:
+    """Mean over prompts with its 95 % percentile bootstrap interval; values (M,), NaNs left out."""
+    values = values[~values.isnan()]
+    if len(values) == 0:
+        return None
     picks = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(0))
     low, high = values[picks].mean(dim=1).quantile(torch.tensor([0.025, 0.975])).tolist()
     return {"value": values.mean().item(), "low": low, "high": high}
@@ -1051,10 +1041,10 @@ def print_evaluation(result: dict) -> None:
     """The table base / best-of-n / tuned with 95 % intervals."""
     columns = ["base", "best_of_n", "tuned", "tuned_minus_base"]
     titles = ["base", f"best of {result['n']}", "tuned", "tuned - base"]
-    print(f"{'held-out prompts':<17}" + "".join(f"{t:>26}" for t in titles))
-    for name in ("reward", "judge_score", "recognition", "diversity", "loudness", "broken"):
+    print(f"{'held-out prompts':<17}" + "".join(f"{t:>27}" for t in titles))
+    for name in ("reward", "judge_score", "recognition", "diversity", "diversity_right", "loudness", "broken"):
         cells = [result[c].get(name) for c in columns]
-        print(f"{name:<17}" + "".join(f"{format_interval(c):>26}" for c in cells))
+        print(f"{name:<17}" + "".join(f"{format_interval(c):>27}" for c in cells))
     print(f"preference: the judge prefers tuned to base in {format_interval(result['preference'])} of pairs")
 
 
@@ -1168,6 +1158,7 @@ def load_world(cfg: Config) -> SimpleNamespace:
         uncondition={k: v if v is None else v[-1:] for k, v in condition.items()},
         guidance_scale=cfg.guidance_scale, micro_batch=cfg.micro_batch, dtype=getattr(torch, cfg.dtype),
         latent_shape=(unet.config.in_channels, frames, pipeline.vocoder.config.model_in_dim // factor))
+    torch.manual_seed(cfg.seed)                  # LoRA's A matrices are random
     weights = add_lora(unet, cfg.lora_rank)
     return SimpleNamespace(
         cfg=cfg, prompts=prompts, train_ids=list(range(len(train_prompts))),
@@ -1187,7 +1178,7 @@ def train(world, run: Path, state: dict) -> dict:
         clips, rows = rollout(policy, prompt_ids, starts, cfg, generator)                    # STEP 2
         rewards = score(world, clips, prompt_ids)                                            # STEP 3
         advantages = group_advantages(rewards, cfg.advantage_clip)                           # STEP 4
-        rows = choose_rows(rows, cfg.train_steps, generator)
+        rows = choose_rows(rows, cfg.train_steps, cfg.clips_per_epoch, generator)
         rows, row_advantages = drop_flat_groups(rows, advantages.to(policy.device))
         info = update(policy, optimizer, rows, row_advantages, cfg, updates, generator)      # STEP 5
         updates += info.pop("updates")
@@ -1208,7 +1199,7 @@ def choose_prompts(world, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     cfg = world.cfg
     order = torch.randperm(len(world.train_ids), generator=generator)
     ids = order.repeat(math.ceil(cfg.prompts_per_epoch / len(order)))[:cfg.prompts_per_epoch]
-    latest = max(0, cfg.num_steps - 1 - cfg.window)          # the window ends before the last step
+    latest = max(0, min(cfg.num_steps - 1, round(cfg.noise_until * cfg.num_steps)) - cfg.window)
     starts = torch.randint(latest + 1, ids.shape, generator=generator)
     return ids.to(world.policy.device), starts.to(world.policy.device)
 
@@ -1216,7 +1207,7 @@ def choose_prompts(world, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 def score(world, latents: Tensor, prompt_ids: Tensor) -> Tensor:
     """Rewards (P, K) of the finished latents (P * K, C, H, W)."""
     cfg = world.cfg
-    waveforms = decode(world.pipeline, latents, cfg.micro_batch, cfg.seconds)
+    waveforms = decode(world.pipeline, latents, cfg.seconds)
     prompts = [world.prompts[i] for i in prompt_ids.tolist() for _ in range(cfg.clips_per_prompt)]
     rewards = world.reward(waveforms, world.sample_rate, prompts)
     if not rewards.isfinite().all():

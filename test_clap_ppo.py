@@ -1,0 +1,1707 @@
+"""Chapter two: what `clap_ppo.py` claims, tried out. Read it after the script, from top to bottom.
+
+    pytest test_clap_ppo.py                 # everything, under four minutes on two cores, offline
+    pytest test_clap_ppo.py -k clipping     # one chapter, by a word in its tests' names
+
+A claim about a sampler, a loss or a reward is worth what an independent reference says of it. So
+the sampler is held against diffusers' own DDIM step, the densities against torch.distributions,
+the gradients against REINFORCE written by hand, and the finished adapter against a pipeline that
+has never heard of this script. Where a model is needed for the argument only, `Painter` is it: a
+network of one matrix, small enough that every number can be foreseen. Where the real classes are
+the point, it is the bundled toy world, with budgets of seconds.
+
+    1  a denoising step is a Gaussian policy          5  what clipping does, case by case
+    2  replaying a trajectory gives ratio 1           6  all of it learns
+    3  the reward                                     7  nothing is lost: resume, bad input
+    4  the advantage                                  8  the promises on the box
+
+CLAP_PPO_TOY=DIR tries another toy world of the same layout than `samples/toy`.
+"""
+
+import argparse
+import ast
+import copy
+import dataclasses
+import doctest
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")     # read once, when huggingface_hub is imported
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.distributions import Normal, kl_divergence  # noqa: E402
+
+import clap_ppo  # noqa: E402
+from clap_ppo import UserError  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+TOY = Path(os.environ["CLAP_PPO_TOY"]) if "CLAP_PPO_TOY" in os.environ else None
+TOY_FLAGS = [] if TOY is None else [
+    "--model", str(TOY / "pipeline"), "--clap", str(TOY / "clap.pt"), "--judge", str(TOY / "judge")]
+TINY = ["--prompts-per-epoch", "2", "--clips-per-prompt", "4", "--num-steps", "5", "--epochs", "3",
+        "--updates-per-epoch", "2", "--eval-noises", "2", "--micro-batch", "8", "--device", "cpu"]
+TRAIN_PROMPTS = ["birds chirp", "water flows", "snoring", "a dog is barking then talking"]
+HELD_OUT = ["a lion roaring", "wind blowing", "a man snores while leaves rustling"]
+NEW_RUN = {"epoch": 0, "updates": 0, "best": {}, "metrics": []}
+
+
+# =================================================================================================
+# 0. The cast
+# =================================================================================================
+
+def make_scheduler(**changes):
+    """AudioLDM's DDIM scheduler, or one with other settings."""
+    from diffusers import DDIMScheduler
+    settings = dict(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear",
+                    clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    return DDIMScheduler(**{**settings, **changes})
+
+
+class Painter(nn.Module):
+    """The smallest network that is a policy: the exact noise prediction for data that is N(0, I),
+    sqrt(1 - alpha_bar_t) x_t, plus a shift that depends on the prompt. `to_q` is the name that
+    LoRA looks for. Latents are (2, 2, 4), so D = 16."""
+
+    SHAPE = (2, 2, 4)
+
+    def __init__(self, prompts: int):
+        super().__init__()
+        self.alpha_bar = make_scheduler().alphas_cumprod
+        self.to_q = nn.Linear(prompts, math.prod(self.SHAPE), bias=False)
+        self.to_q.weight.data = 0.3 * torch.randn(self.to_q.weight.shape, generator=seeded(1))
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, latents, timesteps, class_labels, encoder_hidden_states=None):
+        noise_share = (1 - self.alpha_bar[timesteps]).sqrt().reshape(-1, 1, 1, 1)
+        shift = self.dropout(self.to_q(class_labels)).reshape(latents.shape)
+        return SimpleNamespace(sample=noise_share * latents + shift)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def painter_policy(num_steps=10, prompts=2, scheduler=None, adapter_noise=0.0, **changes):
+    """(policy, LoRA weights) of a Painter; `adapter_noise` moves the adapter away from the base."""
+    unet = Painter(prompts)
+    torch.manual_seed(2)
+    weights = clap_ppo.add_lora(unet, 4)
+    for weight in weights:
+        weight.data += adapter_noise * torch.randn(weight.shape, generator=seeded(3))
+    condition = {"class_labels": torch.eye(prompts), "encoder_hidden_states": None}
+    nothing = {"class_labels": torch.full((1, prompts), 0.1), "encoder_hidden_states": None}
+    policy = clap_ppo.Policy(
+        unet=unet, schedule=clap_ppo.ddim_schedule(scheduler or make_scheduler(), num_steps),
+        prediction_type="epsilon", condition=condition, uncondition=nothing, guidance_scale=1.0,
+        latent_shape=Painter.SHAPE, micro_batch=64, dtype=torch.float32)
+    return dataclasses.replace(policy, **changes), weights
+
+
+def config(*flags: str) -> clap_ppo.Config:
+    """The Config of a tiny command line; a prompt file is named, never read."""
+    return clap_ppo.parse_args(["--prompts", "unread.txt", *TOY_FLAGS, *TINY, *flags])[0]
+
+
+def roll(policy, cfg, starts=(1, 3), ids=(0, 1), seed=0):
+    """A rollout of two groups whose noise windows begin at different steps."""
+    return clap_ppo.rollout(policy, torch.tensor(ids), torch.tensor(starts), cfg, seeded(seed))
+
+
+def moved(rows: dict, clip_count: int) -> torch.Tensor:
+    """Some advantages (R,), one per clip, handed to each of its rows."""
+    return torch.linspace(-1, 1, clip_count)[rows["clip"]]
+
+
+@pytest.fixture(scope="session")
+def prompt_file(tmp_path_factory) -> Path:
+    """A training file with the held-out file beside it, where the script looks for it."""
+    folder = tmp_path_factory.mktemp("prompts")
+    (folder / "prompts.txt").write_text("# four\n\n" + "\n".join(TRAIN_PROMPTS) + "\n")
+    (folder / "eval_prompts.txt").write_text("\n".join(HELD_OUT) + "\n")
+    return folder / "prompts.txt"
+
+
+@pytest.fixture(scope="session")
+def world(prompt_file):
+    """The toy world, loaded once, with guidance. Tests leave it as they found it."""
+    return clap_ppo.load_world(config("--prompts", str(prompt_file), "--guidance-scale", "2.5"))
+
+
+@pytest.fixture(scope="session")
+def clap(world):
+    """The toy reward model."""
+    return clap_ppo.load_clap(world.cfg.clap, world.pipeline.tokenizer)
+
+
+NETWORK_CUT = """
+import socket, sys
+def refuse(*args, **kwargs):
+    open(LOG, "a").write(repr(args[1:]) + "\\n")
+    raise OSError("the network is cut in this test")
+socket.socket.connect = socket.socket.connect_ex = refuse
+socket.getaddrinfo = socket.create_connection = socket.gethostbyname = refuse
+import clap_ppo
+sys.exit(clap_ppo.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="session")
+def finished_run(prompt_file, tmp_path_factory):
+    """One whole run from the command line, guided, in a process whose network is cut.
+
+    HF_HUB_OFFLINE is *not* set there and the cache is empty: whatever wants to fetch will try, and
+    be noted. (Raising alone would prove nothing, since the hub's client swallows such errors.)
+    """
+    folder = tmp_path_factory.mktemp("runs")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+    env |= {"PYTHONPATH": str(HERE), "HF_HOME": str(folder / "empty-cache")}
+    flags = ["--prompts", str(prompt_file), *TOY_FLAGS, *TINY, "--guidance-scale", "2.5",
+             "--learning-rate", "0.02", "--warmup-updates", "0", "--out", str(folder / "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", f"LOG = {str(folder / 'network.log')!r}{NETWORK_CUT}", *flags],
+        env=env, cwd=folder, capture_output=True, text=True)
+    return SimpleNamespace(
+        code=done.returncode, out=done.stdout, err=done.stderr, folder=folder / "run",
+        network=folder / "network.log",
+        metrics=[json.loads(x) for x in (folder / "run/metrics.jsonl").read_text().splitlines()]
+        if done.returncode == 0 else [])
+
+
+# =================================================================================================
+# 1. A denoising step is a Gaussian policy
+# =================================================================================================
+
+SCHEDULES = [dict(timestep_spacing=spacing, steps_offset=offset, set_alpha_to_one=to_one,
+                  prediction_type=prediction)
+             for spacing, offset, to_one, prediction in itertools.product(
+                 ("leading", "trailing", "linspace"), (0, 1), (True, False),
+                 ("epsilon", "v_prediction"))]
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+@pytest.mark.parametrize("num_steps", [10, 7])
+@pytest.mark.parametrize("settings", SCHEDULES, ids=lambda s: "-".join(map(str, s.values())))
+def test_a_step_and_its_log_prob_agree_with_diffusers_and_torch(settings, num_steps, eta):
+    """diffusers draws x_{t-1}; we name the Gaussian it was drawn from. With the same noise both
+    must land on the same x_{t-1}, at every step of every kind of schedule, and the density there
+    must be torch's. Seven steps do not divide 1000, which is where a formula for the previous
+    timestep goes wrong. Where the last step has sigma 0, x_{t-1} is certain and has no density:
+    asking for one must fail rather than return infinity."""
+    scheduler = make_scheduler(**settings)
+    schedule = clap_ppo.ddim_schedule(scheduler, num_steps)
+    assert schedule.timesteps.tolist() == scheduler.timesteps.tolist()
+    for step, t in enumerate(scheduler.timesteps):
+        latents, output, noise = torch.randn(3, 2, 4, 3, 5, generator=seeded(step))
+        a_t, a_prev = schedule.alpha_bar_t[step], schedule.alpha_bar_prev[step]
+        sigma = clap_ppo.ddim_sigma(a_t, a_prev, eta)
+        mean = clap_ppo.ddim_mean(output, latents, a_t, a_prev, sigma, settings["prediction_type"])
+        theirs = scheduler.step(output, t, latents, eta=eta, variance_noise=noise).prev_sample
+        torch.testing.assert_close(mean + sigma * noise, theirs, rtol=2e-5, atol=2e-5)
+        if sigma == 0:
+            assert step == num_steps - 1
+            with pytest.raises(ValueError, match="sigma is 0"):
+                clap_ppo.gaussian_log_prob(theirs, mean, sigma)
+            continue
+        log_prob = clap_ppo.gaussian_log_prob(theirs, mean, sigma)
+        reference = Normal(mean, sigma).log_prob(theirs).flatten(1).mean(dim=1)
+        torch.testing.assert_close(log_prob, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_without_eta_there_is_no_noise_and_eta_scales_it():
+    """sigma is linear in eta, and each row may have its own eta: that is what a noise window is."""
+    a_t, a_prev = torch.tensor([0.5, 0.5, 0.5]), torch.tensor([0.8, 0.8, 0.8])
+    sigma = clap_ppo.ddim_sigma(a_t, a_prev, torch.tensor([0.0, 0.5, 1.0]))
+    full = math.sqrt((1 - 0.8) / (1 - 0.5) * (1 - 0.5 / 0.8))      # DDIM's Eq. 16 by hand
+    torch.testing.assert_close(sigma, torch.tensor([0.0, 0.5 * full, full]))
+
+
+def test_the_log_prob_is_a_mean_so_a_larger_latent_changes_nothing():
+    """exp(difference of sums) over D = 16,384 elements overflows after one update. With the mean,
+    one value repeated a thousand times has the log-prob of one value."""
+    x, mean, sigma = torch.tensor([[0.3, -1.2]]), torch.tensor([[0.1, 0.4]]), torch.tensor([0.7])
+    one = clap_ppo.gaussian_log_prob(x, mean, sigma)
+    many = clap_ppo.gaussian_log_prob(x.repeat(1, 1000), mean.repeat(1, 1000), sigma)
+    torch.testing.assert_close(one, many)
+    by_hand = sum(-0.5 * (d / 0.7) ** 2 - math.log(0.7) - 0.5 * math.log(2 * math.pi)
+                  for d in (0.2, -1.6)) / 2
+    assert one.item() == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_each_row_has_its_own_sigma_and_one_zero_among_them_is_refused():
+    """A table of rows mixes steps, so sigma is a column; a single step without noise spoils it."""
+    x, sigma = torch.zeros(3, 2, 2), torch.tensor([0.5, 1.0, 2.0])
+    log_prob = clap_ppo.gaussian_log_prob(x, x, sigma)
+    torch.testing.assert_close(log_prob, -sigma.log() - 0.5 * math.log(2 * math.pi))
+    with pytest.raises(ValueError, match="sigma is 0"):
+        clap_ppo.gaussian_log_prob(x, x, torch.tensor([0.5, 0.0, 2.0]))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_half_precision_goes_in_and_float32_comes_out(prediction_type):
+    """A ratio is clipped at 1e-4; bfloat16 has steps of 4e-3. So rounding may happen in the network
+    and nowhere else: the result is the one of the same numbers written in float32."""
+    latents, output = torch.randn(2, 2, 4, 3, 5, generator=seeded(0)).bfloat16()
+    numbers = torch.tensor([0.5, 0.6]), torch.tensor([0.8, 0.9]), torch.tensor([0.2, 0.1])
+    mean = clap_ppo.ddim_mean(output, latents, *numbers, prediction_type)
+    assert mean.dtype == torch.float32
+    exact = clap_ppo.ddim_mean(output.float(), latents.float(), *numbers, prediction_type)
+    assert torch.equal(mean, exact)
+
+
+def test_a_network_that_predicts_something_else_is_refused():
+    """Treating a prediction of x_0 as one of noise would train, and train nonsense."""
+    with pytest.raises(ValueError, match="sample.*epsilon"):
+        clap_ppo.ddim_mean(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), 0.5, 0.8, 0.1, "sample")
+
+
+class Ledger(nn.Module):
+    """A network that notes its calls and whose output is known: latents + labels + t / 1000."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def forward(self, latents, timesteps, class_labels, encoder_hidden_states):
+        assert encoder_hidden_states is None
+        self.batches.append(len(latents))
+        rows = class_labels + timesteps[:, None] / 1000
+        return SimpleNamespace(sample=latents + rows[:, :, None, None])
+
+
+def test_guidance_goes_from_the_unconditional_prediction_past_the_conditional_one():
+    """uncond + scale * (cond - uncond): at scale 3 and predictions 1 and 2 it is 4. The other
+    order, or the other sign, steers away from the prompt and still sounds like something."""
+    unet, latents = Ledger(), torch.randn(2, 1, 2, 2, generator=seeded(0))
+    cond = {"class_labels": torch.tensor([[2.0], [5.0]]), "encoder_hidden_states": None}
+    uncond = {"class_labels": torch.tensor([[1.0], [1.0]]), "encoder_hidden_states": None}
+    t = torch.tensor([500, 250])
+    guided = clap_ppo.guided_prediction(unet, latents, t, cond, uncond, 3.0)
+    expected = torch.tensor([1 + 3 * (2 - 1) + 0.500, 1 + 3 * (5 - 1) + 0.250]).view(2, 1, 1, 1)
+    torch.testing.assert_close(guided, latents + expected)
+    assert unet.batches == [4], "both halves in one call"
+
+
+def test_guidance_of_one_skips_the_unconditional_pass():
+    """At scale 1 the unconditional prediction cancels out, so it is not computed: half the cost."""
+    unet, latents = Ledger(), torch.zeros(2, 1, 2, 2)
+    cond = {"class_labels": torch.tensor([[2.0], [5.0]]), "encoder_hidden_states": None}
+    guided = clap_ppo.guided_prediction(unet, latents, torch.tensor([0, 0]), cond, {}, 1.0)
+    torch.testing.assert_close(guided[:, 0, 0, 0], torch.tensor([2.0, 5.0]))
+    assert unet.batches == [2]
+
+
+def naive_rollout(policy, scheduler, starts, cfg, generator):
+    """What a rollout means, clip by clip, with diffusers' own scheduler and no cleverness: (latents
+    (B, C, H, W), {(clip, step): (x_t, x_{t-1})}). Only the order in which noise is drawn is shared
+    with the script: starting noises first, then at each step one block for the noisy clips."""
+    group = [g for g in range(len(starts)) for _ in range(cfg.clips_per_prompt)]
+    size = len(starts) if cfg.shared_noise else len(group)
+    noise = torch.randn(size, *policy.latent_shape, generator=generator)
+    clips = [noise[g if cfg.shared_noise else c] for c, g in enumerate(group)]
+    scheduler.set_timesteps(cfg.num_steps)
+    visited = {}
+    for step, t in enumerate(scheduler.timesteps):
+        noisy = [c for c, g in enumerate(group) if starts[g] <= step < starts[g] + cfg.window]
+        block = dict(zip(noisy, torch.randn(len(noisy), *policy.latent_shape, generator=generator)))
+        for c, g in enumerate(group):
+            x = clips[c][None]
+            with torch.no_grad():
+                out = policy.unet(x, t[None], policy.condition["class_labels"][g:g + 1]).sample
+                empty = policy.unet(x, t[None], policy.uncondition["class_labels"]).sample
+            out = empty + policy.guidance_scale * (out - empty)
+            eta, draw = (cfg.eta, block[c][None]) if c in block else (0.0, torch.zeros_like(x))
+            clips[c] = scheduler.step(out, t, x, eta=eta, variance_noise=draw).prev_sample[0]
+            visited[c, step] = (x[0], clips[c])
+    return torch.stack(clips), visited
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("flags, starts", [
+    (["--noise-window", "2"], (1, 3)),
+    (["--noise-window", "1", "--eta", "0.5"], (0, 5)),
+    (["--noise-window", "all"], (0, 0)),
+    (["--noise-window", "2", "--no-shared-noise"], (1, 3)),
+    (["--noise-window", "all", "--no-shared-noise"], (0, 0)),
+], ids=["window", "short-window", "all", "own-noise", "textbook"])
+def test_a_rollout_is_what_a_naive_loop_over_diffusers_scheduler_gives(flags, starts, guidance):
+    """The trunk walked once per group, the batching by step, the micro-batches: all of it is speed.
+    What comes out is what a loop over single clips gives, and the table says what happened."""
+    cfg = config("--num-steps", "7", *flags)
+    policy, _ = painter_policy(7, guidance_scale=guidance, micro_batch=3, adapter_noise=0.2)
+    latents, rows = roll(policy, cfg, starts)
+    expected, visited = naive_rollout(policy, make_scheduler(), starts, cfg, seeded(0))
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
+    for clip, step, x, following in zip(rows["clip"].tolist(), rows["step"].tolist(),
+                                        rows["latents"], rows["next_latents"]):
+        torch.testing.assert_close(x, visited[clip, step][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(following, visited[clip, step][1], rtol=1e-4, atol=1e-5)
+
+
+# =================================================================================================
+# 2. Replaying a trajectory gives ratio 1
+# =================================================================================================
+
+def test_the_clips_of_a_group_share_their_starting_noise_and_their_path_to_the_window():
+    """x_T is not the policy's doing, so within a group it is the same: what tells the clips of a
+    group apart afterwards is what the policy did in the window. Groups share nothing."""
+    cfg, (policy, _) = config("--num-steps", "10"), painter_policy(10)
+    _, rows = roll(policy, cfg, starts=(0, 3))
+    first, second = (rows["latents"][(rows["step"] == step) & (rows["prompt_id"] == prompt)]
+                     for step, prompt in ((0, 0), (3, 1)))
+    for group in (first, second):
+        assert len(group) == 4
+        assert (group - group[:1]).abs().max() == 0
+    after = rows["next_latents"][rows["step"] == 0]
+    assert (after[1:] - after[:1]).abs().amax(dim=(1, 2, 3)).min() > 0.01
+    same_start = rows["latents"][(rows["step"] == 0)][0]
+    assert (same_start - roll(policy, cfg, starts=(0, 0))[1]["latents"][4]).abs().max() > 0.01
+
+
+def test_without_shared_noise_every_clip_starts_alone():
+    """--no-shared-noise is textbook DDPO: the luck of x_T is back in the advantage."""
+    policy, _ = painter_policy(10)
+    _, rows = roll(policy, config("--num-steps", "10", "--no-shared-noise"), starts=(0, 0))
+    start = rows["latents"][rows["step"] == 0].flatten(1)
+    assert len(start) == 8
+    assert torch.pdist(start).min() > 0.01
+
+
+@pytest.mark.parametrize("window, starts, expected", [
+    ("2", (1, 3), {(c, s) for c in range(4) for s in (1, 2)} | {(c, s) for c in range(4, 8)
+                                                                for s in (3, 4)}),
+    ("1", (0, 5), {(c, 0) for c in range(4)} | {(c, 5) for c in range(4, 8)}),
+    ("all", (0, 0), {(c, s) for c in range(8) for s in range(6)}),
+])
+def test_the_table_holds_each_noisy_step_of_each_clip_once_and_never_the_last(
+        window, starts, expected):
+    """Of seven steps, 0 to 6, the last is sampled but not trained: its sigma is so small that its
+    log-prob is mostly rounding. Steps without noise have no log-prob at all."""
+    policy, _ = painter_policy(7)
+    _, rows = roll(policy, config("--num-steps", "7", "--noise-window", window), starts)
+    pairs = list(zip(rows["clip"].tolist(), rows["step"].tolist()))
+    assert len(pairs) == len(expected)
+    assert set(pairs) == expected
+    assert rows["prompt_id"].tolist() == [c // 4 for c, _ in pairs]
+    assert all(len(column) == len(pairs) for column in rows.values())
+
+
+def test_the_recorded_log_prob_is_that_of_the_recorded_tensors():
+    """A row is evidence: from its x_t and its step anybody can compute the Gaussian again, and find
+    the density of its x_{t-1} under it. The network may run in bfloat16; the row is float32."""
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-4)):
+        policy, _ = painter_policy(10, adapter_noise=0.2, dtype=dtype)
+        cfg = config("--num-steps", "10", "--eta", "0.7")
+        _, rows = roll(policy, cfg)
+        assert {rows[k].dtype for k in ("latents", "next_latents", "log_prob")} == {torch.float32}
+        log_prob, mean, sigma = clap_ppo.replay(policy, rows, torch.arange(len(rows["clip"])), cfg)
+        reference = Normal(mean, sigma.view(-1, 1, 1, 1)).log_prob(rows["next_latents"])
+        for again in (log_prob, reference.mean(dim=(1, 2, 3))):
+            torch.testing.assert_close(again, rows["log_prob"], rtol=0, atol=tolerance)
+
+
+def test_outside_the_window_and_without_noise_the_path_is_plain_ddim():
+    """With eta near 0 a rollout is the deterministic sampler that evaluation uses, from the same
+    starting noise; so what is learned in rollouts is learned for evaluation."""
+    policy, _ = painter_policy(10)
+    cfg = config("--num-steps", "10", "--eta", "0.001")
+    latents, rows = roll(policy, cfg, starts=(0, 0))
+    start, ids = (rows[k][rows["step"] == 0] for k in ("latents", "prompt_id"))
+    plain = clap_ppo.sample(policy, ids, start)
+    torch.testing.assert_close(latents, plain, rtol=0, atol=0.01)
+    noisy, _ = roll(policy, config("--num-steps", "10", "--eta", "1"), starts=(0, 0))
+    assert (noisy - plain).abs().max() > 0.1
+
+
+def test_the_bundled_model_replays_its_rollout_with_ratio_one(world):
+    """The real U-Net, guided, rolled out in batches of 8 and replayed in batches of 3: the ratio
+    may differ from 1 by float32 rounding of another batch shape, and by nothing else."""
+    _, rows = roll(world.policy, world.cfg, starts=(0, 2))
+    everything = torch.arange(len(rows["clip"]))
+    with torch.no_grad():
+        log_prob = torch.cat([clap_ppo.replay(world.policy, rows, at, world.cfg)[0]
+                              for at in everything.split(3)])
+    ratio = (log_prob - rows["log_prob"]).exp()
+    assert clap_ppo.check_on_policy(world.policy, rows, everything, ratio, world.cfg) <= 1e-6
+
+
+def test_every_epoch_of_a_run_begins_with_ratio_one(finished_run):
+    """The check is made in every epoch and its result logged, to 1e-6 in float32."""
+    assert finished_run.code == 0, finished_run.err
+    assert [row["epoch"] for row in finished_run.metrics] == [1, 2, 3]
+    for row in finished_run.metrics:
+        assert 0 <= row["ratio_error"] <= 1e-6
+        assert row["approx_kl"] > 0, "and the update moved the policy"
+
+
+def update_once(policy, rows, cfg, seed=0, optimizer=None, advantages=None, done=0):
+    """`update` with an optimizer whose step is proportional to the gradient: nothing is hidden."""
+    weights = [p for p in policy.unet.parameters() if p.requires_grad]
+    optimizer = optimizer or torch.optim.SGD(weights, lr=cfg.learning_rate)
+    advantages = moved(rows, cfg.clips_per_epoch) if advantages is None else advantages
+    return clap_ppo.update(policy, optimizer, rows, advantages, cfg, done, seeded(seed))
+
+
+@pytest.mark.parametrize("fault, cause", [
+    ("dropout", "training mode.*dropout"), ("next step", r"timestep.*\+1"),
+    ("previous step", "timestep.*-1"), ("halves", "halves are swapped"),
+    ("weights", "cause unknown")])
+def test_a_broken_replay_stops_the_run_and_names_the_cause(world, fault, cause):
+    """If nothing was learned since the rollout and the ratio is not 1, PPO would optimise an error.
+    Four errors that have happened to people, committed on purpose between rollout and update; and a
+    fifth that the check cannot know, which it admits."""
+    policy, cfg = copy.deepcopy(world.policy), world.cfg
+    _, rows = roll(policy, cfg, starts=(1, 2))
+    if fault == "dropout":
+        policy.unet.conv_out = nn.Sequential(nn.Dropout(0.1), policy.unet.conv_out).train()
+    elif fault.endswith("step"):
+        rows["step"] = rows["step"] + (1 if fault == "next step" else -1)
+    elif fault == "halves":
+        def swap(module, args, kwargs):
+            halves = kwargs["class_labels"].chunk(2)
+            return args, {**kwargs, "class_labels": torch.cat(halves[::-1])}
+        policy.unet.register_forward_pre_hook(swap, with_kwargs=True)
+    else:
+        policy.unet.conv_out.bias.data += 0.5
+    with pytest.raises(UserError, match=f"on-policy.*{cause}"):
+        update_once(policy, rows, cfg)
+
+
+def test_the_check_names_the_cause_when_the_last_step_has_no_noise_too():
+    """While it tries other timesteps it meets a step with sigma 0. That is no reason to fail with
+    another message than the one it was going to give."""
+    policy, _ = painter_policy(5, scheduler=make_scheduler(set_alpha_to_one=True))
+    cfg = config("--num-steps", "5")
+    _, rows = roll(policy, cfg, starts=(0, 2))
+    policy.unet.to_q.base_layer.weight.data += 0.5
+    with pytest.raises(UserError, match="on-policy.*cause unknown"):
+        update_once(policy, rows, cfg)
+
+
+# =================================================================================================
+# 3. The reward
+# =================================================================================================
+
+def tone(hz: float, sample_rate: int, seconds: float = 2.0) -> torch.Tensor:
+    """A tone with two overtones (1, samples): something that has a pitch."""
+    t = torch.arange(int(seconds * sample_rate)) / sample_rate
+    return sum(0.3 / k * torch.sin(2 * math.pi * k * hz * t) for k in (1, 2, 3))[None]
+
+
+def noises(count: int, samples: int) -> torch.Tensor:
+    """Different clips (count, samples): noise of rising strength, each with its own tone in it."""
+    strength = torch.linspace(0.01, 0.3, count)[:, None]
+    tones = torch.cat([tone(200 + 60 * i, 16000, samples / 16000) for i in range(count)])
+    return tones + strength * torch.randn(count, samples, generator=seeded(5))
+
+
+@pytest.mark.parametrize("seconds", [1.0, 2.56, 7.3], ids=["short", "fits", "too-long"])
+def test_a_clip_scores_the_same_alone_in_any_batch_and_twice(clap, seconds):
+    """The package crops clips that are too long at random, so the same clip scored differently from
+    call to call and an advantage measured dice. Ours is a function of clip and prompt alone."""
+    clips = noises(35, int(seconds * 16000))
+    prompts = [TRAIN_PROMPTS[i % 4] for i in range(35)]
+    together = clap_ppo.clap_reward(clap, clips, 16000, prompts)
+    assert together.shape == (35,) and together.abs().max() <= 1
+    assert torch.equal(together, clap_ppo.clap_reward(clap, clips, 16000, prompts))
+    for i in (0, 17, 34):
+        alone = clap_ppo.clap_reward(clap, clips[i:i + 1], 16000, prompts[i:i + 1])
+        torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-5)
+    assert together.std() > 0, "and it is not a constant"
+
+
+def test_long_clips_keep_their_beginning_and_short_ones_repeat_whole():
+    """`fit_length` by hand; then through the model, at its own rate: what lies behind its window
+    does not count, and what lies in it does."""
+    clip = torch.tensor([[1.0, 2.0, 3.0]])
+    assert clap_ppo.fit_length(clip, 7).tolist() == [[1, 2, 3, 1, 2, 3, 0]]
+    assert clap_ppo.fit_length(clip, 5).tolist() == [[1, 2, 3, 0, 0]]
+    assert clap_ppo.fit_length(clip, 3).tolist() == [[1, 2, 3]]
+    assert clap_ppo.fit_length(clip, 2).tolist() == [[1, 2]]
+
+
+def test_what_lies_behind_the_models_window_does_not_count(clap):
+    """The same, through the model and at its own sample rate."""
+    rate, window = clap.audio_cfg.sample_rate, clap.audio_cfg.clip_samples
+    long = noises(1, 2 * window)
+    whole = clap_ppo.clap_audio_embeds(clap, long, rate)
+    torch.testing.assert_close(whole, clap_ppo.clap_audio_embeds(clap, long[:, :window], rate),
+                               rtol=0, atol=1e-5)
+    other = clap_ppo.clap_audio_embeds(clap, long[:, window:] * 0.1, rate)
+    assert (whole - other).abs().max() > 1e-3
+
+
+def test_the_sample_rate_matters(clap):
+    """A tone recorded at 44.1 kHz is the same tone. Declared as 16 kHz it would be one and a half
+    octaves lower and almost three times as long: another sound, and another embedding."""
+    same, other = tone(600, clap.audio_cfg.sample_rate), tone(600, 44100)
+    reference = clap_ppo.clap_audio_embeds(clap, same, clap.audio_cfg.sample_rate)
+    right = clap_ppo.clap_audio_embeds(clap, other, 44100)
+    wrong = clap_ppo.clap_audio_embeds(clap, other, 16000)
+    assert (reference - right).norm() < 0.25 * (reference - wrong).norm()
+
+
+@pytest.mark.parametrize("sample_rate", [16, 16.0, 44.1, 0, 10 ** 6, None, "16000"])
+def test_a_sample_rate_that_no_audio_has_is_refused(clap, sample_rate):
+    """16 is kHz. CLAP would resample to that, answer without complaint, and wrongly."""
+    with pytest.raises(ValueError, match="sample_rate"):
+        clap_ppo.clap_reward(clap, torch.zeros(1, 4000), sample_rate, ["snoring"])
+
+
+@pytest.mark.parametrize("shape", [(4000,), (1, 1, 4000)])
+def test_waveforms_of_another_shape_or_of_integers_are_refused(clap, shape):
+    """(samples,) would be read as that many clips of one sample; int16 as 30,000 times too loud."""
+    with pytest.raises(ValueError, match="waveforms"):
+        clap_ppo.clap_reward(clap, torch.zeros(shape), 16000, ["snoring"])
+    with pytest.raises(ValueError, match="waveforms"):
+        clap_ppo.clap_reward(clap, torch.zeros(1, 4000, dtype=torch.int16), 16000, ["snoring"])
+
+
+def test_each_clip_is_scored_against_its_own_prompt(clap):
+    """Rewards of a list of prompts are those of the single prompts, whatever else was asked before
+    (text embeddings are kept) and however often a prompt stands in the list."""
+    clips, prompts = noises(4, 16000), ["snoring", "talking", "snoring", "wind blowing"]
+    together = clap_ppo.clap_reward(clap, clips, 16000, prompts)
+    audio = clap_ppo.clap_audio_embeds(clap, clips, 16000)
+    torch.testing.assert_close(audio.norm(dim=1), torch.ones(4))
+    for i, prompt in enumerate(prompts):
+        tokens = clap.tokenizer(prompt, padding="max_length", truncation=True, max_length=77,
+                                return_tensors="pt")
+        text = torch.nn.functional.normalize(clap.get_text_embedding(dict(tokens))[0], dim=0)
+        assert together[i].item() == pytest.approx((audio[i] @ text).item(), abs=1e-5)
+
+
+@pytest.fixture
+def checkpoint(world, tmp_path):
+    """Writes a CLAP checkpoint the way the official ones were written, with changes; the path."""
+    sizes = json.loads(Path(world.cfg.clap).with_suffix(".json").read_text())
+    model = clap_ppo.build_clap(sizes)
+
+    def write(change=lambda state: None):
+        state = {f"module.{k}": v for k, v in model.state_dict().items()}
+        state["module.text_branch.embeddings.position_ids"] = torch.arange(10)[None]
+        change(state)
+        torch.save({"epoch": 7, "name": "official", "best": np.float64(0.5), "state_dict": state,
+                    "args": argparse.Namespace(lr=0.1)}, tmp_path / "clap.pt")
+        (tmp_path / "clap.json").write_text(json.dumps(sizes))
+        return str(tmp_path / "clap.pt"), model
+
+    return write
+
+
+def test_a_checkpoint_in_the_official_format_loads_whole(checkpoint, world):
+    """The published files come from a DataParallel training ("module."), from an older transformers
+    (position_ids), and were pickled with a numpy scalar and the command line's Namespace."""
+    path, model = checkpoint()
+    loaded = clap_ppo.load_clap(path, world.pipeline.tokenizer).state_dict()
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded[k], v) for k, v in model.state_dict().items())
+
+
+WEIGHT = "module.audio_projection.0.weight"
+
+
+@pytest.mark.parametrize("change, complaint", [
+    (lambda state: state.pop(WEIGHT), "audio_projection.0.weight is missing"),
+    (lambda state: state.update({"module.extra.weight": torch.ones(1)}), "extra.weight is unknown"),
+    (lambda state: state.update({WEIGHT: torch.ones(3, 3)}),
+     "audio_projection.0.weight has another size"),
+], ids=["missing", "unexpected", "wrong-size"])
+def test_a_weight_that_does_not_fit_is_named(checkpoint, world, change, complaint):
+    """load_state_dict(strict=False) would leave such a weight random and score with it."""
+    path, _ = checkpoint(change)
+    with pytest.raises(UserError, match=complaint):
+        clap_ppo.load_clap(path, world.pipeline.tokenizer)
+
+
+class Malice:
+    """Unpickled without restriction, it would leave a file behind."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("save", [
+    torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing))], ids=["zip", "pickle"])
+def test_a_malicious_checkpoint_does_not_run(checkpoint, world, tmp_path, save):
+    """A .pt file is a program. Only tensors and an explicit list of harmless types are let in."""
+    path, _ = checkpoint()
+    save({"state_dict": {}, "gift": Malice(tmp_path / "pwned")}, Path(path))
+    with pytest.raises(UserError, match="not a checkpoint of weights"):
+        clap_ppo.load_clap(path, world.pipeline.tokenizer)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint at all", b"\x80\x04garbage", None])
+def test_a_file_that_is_no_checkpoint_is_refused(checkpoint, world, content):
+    """Also one that torch can load, but that holds a list."""
+    path, _ = checkpoint()
+    Path(path).write_bytes(content) if content is not None else torch.save([1, 2], path)
+    with pytest.raises(UserError, match="--clap .*not a checkpoint"):
+        clap_ppo.load_clap(path, world.pipeline.tokenizer)
+
+
+def test_a_tokenizer_without_vocabulary_is_noticed(world):
+    """Offline, transformers can hand out a tokenizer that maps every prompt to the same few tokens.
+    Every reward would then be of the same prompt, and nothing would look wrong."""
+    real = world.pipeline.tokenizer
+
+    def empty(prompts, **kwargs):
+        return real(["wind" for _ in prompts], **kwargs)
+
+    with pytest.raises(UserError, match="tokenizer"):
+        clap_ppo.load_clap(world.cfg.clap, empty)
+
+
+def test_a_whole_run_asks_nothing_of_the_network(finished_run):
+    """CLAP built, loaded, trained against, evaluated, with no connection attempted."""
+    assert finished_run.code == 0, finished_run.err
+    assert not finished_run.network.exists(), finished_run.network.read_text()
+
+
+def test_a_reward_of_five_lines_takes_claps_place(prompt_file, tmp_path):
+    """Any function (waveforms, sample_rate, prompts) -> (N,) is a reward. This one likes loud."""
+    def loudness(waveforms, sample_rate, prompts):
+        assert waveforms.shape == (8, round(2.56 * sample_rate)) and sample_rate == 16000
+        assert [prompts[i:i + 4] for i in (0, 4)] == [[prompts[0]] * 4, [prompts[4]] * 4]
+        asked.append(10 * waveforms.square().mean(dim=1).log10())
+        return asked[-1]
+
+    asked = []
+    mine = clap_ppo.load_world(config("--prompts", str(prompt_file), "--epochs", "1",
+                                      "--judge-every", "0"))
+    mine.reward = loudness
+    clap_ppo.train(mine, tmp_path, {**NEW_RUN, "metrics": []})
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row["reward"] == pytest.approx(asked[0].mean().item(), rel=1e-5)
+
+
+# =================================================================================================
+# 4. The advantage
+# =================================================================================================
+
+def test_an_advantage_says_how_much_better_a_clip_is_than_its_siblings():
+    """By hand: rewards 0, 1, 1, 2 have mean 1 and standard deviation sqrt(1/2). Integers will do:
+    a reward may be a count of stars."""
+    advantages = clap_ppo.group_advantages(torch.tensor([[0, 1, 1, 2]]))
+    assert advantages.dtype == torch.float32
+    torch.testing.assert_close(advantages, torch.tensor([[-math.sqrt(2), 0.0, 0.0, math.sqrt(2)]]))
+
+
+def test_prompts_do_not_compete():
+    """Every clip of the easy prompt beats every clip of the hard one. With one mean for all, the
+    hard prompt's best clip would be punished; per prompt, both groups say the same thing."""
+    hard, easy = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.7, 0.8, 0.9])
+    advantages = clap_ppo.group_advantages(torch.stack([hard, easy]))
+    torch.testing.assert_close(advantages[0], advantages[1], rtol=1e-4, atol=1e-4)
+    assert advantages[0, 2] > 1
+    wide = clap_ppo.group_advantages(torch.stack([hard, 10 * easy]))
+    torch.testing.assert_close(wide, advantages, rtol=1e-4, atol=1e-4)
+
+
+def test_an_outlier_is_clipped():
+    """One of 101 clips that is better than all others stands 10 deviations off; 5 is enough."""
+    rewards = torch.zeros(1, 101)
+    rewards[0, 50] = 1
+    assert clap_ppo.group_advantages(rewards)[0, 50] == 5
+    assert clap_ppo.group_advantages(-rewards)[0, 50] == -5
+    assert clap_ppo.group_advantages(rewards, clip=3.0)[0, 50] == 3
+    assert clap_ppo.group_advantages(rewards, clip=20.0)[0, 50] == pytest.approx(10, rel=1e-4)
+
+
+def test_a_group_without_spread_teaches_nothing():
+    """All equal, there is no better or worse; dividing by a spread of 0 would make NaN of it, and
+    dividing by a rounding error would make a signal of it."""
+    equal = clap_ppo.group_advantages(torch.tensor([[7, 7, 7], [1, 2, 3]]))
+    assert equal[0].tolist() == [0, 0, 0] and equal[1, 2] > 1
+    thirds = torch.full((1, 16), 1 / 3)
+    thirds[0, 0] += 6e-8
+    assert clap_ppo.group_advantages(thirds).tolist() == [[0.0] * 16]
+
+
+@pytest.mark.parametrize("rewards, complaint", [
+    (torch.ones(4, 1), "K >= 2"), (torch.ones(4), "K >= 2"), (torch.ones(2, 2, 2), "K >= 2"),
+    (torch.tensor([[1, math.nan]]), "not finite"), (torch.tensor([[1, math.inf]]), "not finite")])
+def test_rewards_that_cannot_be_compared_are_refused(rewards, complaint):
+    """A group of one has no siblings. A NaN would spread over its whole group."""
+    with pytest.raises(ValueError, match=complaint):
+        clap_ppo.group_advantages(rewards)
+
+
+# =================================================================================================
+# 5. What clipping does, case by case
+# =================================================================================================
+
+@pytest.mark.parametrize("advantage, ratio, loss, gradient", [
+    (+1, 1.1, -1.1, -1.1),      # good, more likely, within the range: push on
+    (+1, 1.5, -1.2, 0.0),       # good, made likely enough: stop
+    (+1, 0.5, -0.5, -0.5),      # good, yet less likely: the wrong way, so pull back
+    (-1, 0.9, +0.9, +0.9),      # bad, less likely, within the range: push on
+    (-1, 0.5, +0.8, 0.0),       # bad, made unlikely enough: stop
+    (-1, 1.5, +1.5, +1.5),      # bad, yet more likely: the wrong way, so pull back
+    (-2, 1.5, +3.0, +3.0),      # twice as bad: twice the loss, twice the pull
+])
+def test_clipping_stops_what_went_far_enough_and_nothing_else(advantage, ratio, loss, gradient):
+    """The clip range is 0.2, so the ratio may go to 1.2 or 0.8. The gradient is the one on the
+    log-prob: of -A * ratio it is -A * ratio again, and of a clipped value it is 0."""
+    log_prob = torch.tensor([math.log(ratio)], requires_grad=True)
+    value, info = clap_ppo.ppo_loss(log_prob, torch.zeros(1), torch.tensor([float(advantage)]), 0.2)
+    value.backward()
+    assert value.item() == pytest.approx(loss, rel=1e-5)
+    assert log_prob.grad.item() == pytest.approx(gradient, rel=1e-5)
+    assert info["ratio"].item() == pytest.approx(ratio, rel=1e-5)
+    assert not info["ratio"].requires_grad
+    assert info["clip_fraction"] == float(abs(ratio - 1) > 0.2)
+
+
+def test_at_ratio_one_ppo_is_reinforce():
+    """Before the first update nothing is clipped and grad ratio = grad log_prob, so the gradient is
+    the policy gradient, -mean(A * grad log_prob), for every weight of the adapter."""
+    policy, weights = painter_policy(adapter_noise=0.2)
+    cfg = config("--num-steps", "10")
+    _, rows = roll(policy, cfg)
+    advantages, everything = moved(rows, 8), torch.arange(len(rows["clip"]))
+
+    def gradients(loss):
+        return torch.autograd.grad(loss, weights)
+
+    log_prob, _, _ = clap_ppo.replay(policy, rows, everything, cfg)
+    ppo = gradients(clap_ppo.ppo_loss(log_prob, rows["log_prob"], advantages, 1e-4)[0])
+    log_prob, _, _ = clap_ppo.replay(policy, rows, everything, cfg)
+    reinforce = gradients(-(advantages * log_prob).mean())
+    for ours, theirs in zip(ppo, reinforce):
+        assert theirs.abs().max() > 1e-3
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_is_a_mean_over_rows():
+    """So that the learning rate does not depend on how many rows a minibatch has."""
+    log_prob, advantages = torch.tensor([0.05, -0.1, 0.3]), torch.tensor([1.0, -1.0, 1.0])
+    once = clap_ppo.ppo_loss(log_prob, torch.zeros(3), advantages, 0.2)
+    twice = clap_ppo.ppo_loss(log_prob.repeat(2), torch.zeros(6), advantages.repeat(2), 0.2)
+    assert once[0].item() == pytest.approx(twice[0].item(), rel=1e-6)
+    assert once[0].item() == pytest.approx(
+        (-math.exp(0.05) + math.exp(-0.1) - 1.2) / 3, rel=1e-5)
+    assert once[1]["clip_fraction"] == pytest.approx(1 / 3)
+
+
+def test_approx_kl_estimates_the_kl_and_is_never_negative():
+    """(ratio - 1) - log ratio, averaged over samples of the old policy. Between N(0, 1) and N(m, 1)
+    the KL is m^2 / 2. Each single term is non-negative, the plain -log ratio is not; and at a
+    log-ratio of 1e-4 float32 must not lose the 5e-9 that is left."""
+    x = torch.randn(200_000, generator=seeded(0))
+    old, new = Normal(0.0, 1.0).log_prob(x), Normal(0.3, 1.0).log_prob(x)
+    estimate = clap_ppo.ppo_loss(new, old, torch.zeros(len(x)), 0.2)[1]["approx_kl"]
+    assert estimate == pytest.approx(0.3 ** 2 / 2, rel=0.02)
+    for log_ratio in (-0.5, -1e-4, 0.0, 1e-4, 0.5):
+        term = clap_ppo.ppo_loss(torch.tensor([log_ratio]), torch.zeros(1), torch.zeros(1), 0.2)
+        exact = math.expm1(log_ratio) - log_ratio
+        assert term[1]["approx_kl"] >= 0
+        assert term[1]["approx_kl"] == pytest.approx(exact, rel=1e-2, abs=1e-12)
+
+
+def test_the_kl_to_the_base_is_the_closed_form_of_two_gaussians():
+    """Equal sigmas: ||difference of means||^2 / (2 sigma^2), per element as everything here."""
+    mean, base = torch.randn(2, 3, 2, 4, 4, generator=seeded(0))
+    sigma = torch.tensor([0.3, 1.0, 2.0])
+    column = sigma.view(3, 1, 1, 1)
+    reference = kl_divergence(Normal(mean, column), Normal(base, column)).mean(dim=(1, 2, 3))
+    torch.testing.assert_close(clap_ppo.gaussian_kl(mean, base, sigma), reference)
+
+
+# =================================================================================================
+# 6. All of it learns
+# =================================================================================================
+
+@pytest.fixture
+def painter_world(monkeypatch):
+    """A world of one prompt that likes large latents and one that likes small ones, with a Painter
+    as its policy. The "decoder" hands the latents on, so the reward is known in closed form."""
+    monkeypatch.setattr(clap_ppo, "decode", lambda pipeline, latents, *rest: latents.flatten(1))
+
+    def make(*flags, learning_rate=0.03):
+        cfg = config("--num-steps", "6", "--clips-per-prompt", "8", "--judge-every", "0",
+                     "--learning-rate", str(learning_rate), *flags)
+        policy, weights = painter_policy(6, micro_batch=cfg.micro_batch)
+
+        def reward(waveforms, sample_rate, prompts):
+            sign = torch.tensor([1.0 if p == "up" else -1.0 for p in prompts])
+            return sign * waveforms.mean(dim=1)
+
+        return SimpleNamespace(
+            cfg=cfg, prompts=["up", "down"], train_ids=[0, 1], held_out_ids=[], pipeline=None,
+            sample_rate=16000, reward=reward, judge=None, policy=policy,
+            optimizer=torch.optim.AdamW(weights, lr=cfg.learning_rate, weight_decay=0.0))
+
+    return make
+
+
+def plain_reward(world) -> float:
+    """Mean reward of plain DDIM from 64 fixed noises for each prompt."""
+    ids = torch.tensor([0, 1]).repeat_interleave(64)
+    noise = torch.randn(128, *Painter.SHAPE, generator=seeded(9))
+    latents = clap_ppo.sample(world.policy, ids, noise)
+    return world.reward(latents.flatten(1), 16000, [world.prompts[i] for i in ids]).mean().item()
+
+
+@pytest.mark.parametrize("flags", [[], ["--noise-window", "all", "--no-shared-noise"]],
+                         ids=["window", "textbook"])
+def test_a_small_policy_learns_what_its_prompts_want(painter_world, tmp_path, flags):
+    """Through the whole loop, STEP 1 to 6. Nobody differentiates the reward: it is only asked."""
+    world = painter_world("--epochs", "30", *flags)
+    before = plain_reward(world)
+    clap_ppo.train(world, tmp_path, {**NEW_RUN, "metrics": []})
+    assert plain_reward(world) > before + 0.5
+
+
+def test_with_the_sign_of_the_advantage_flipped_it_unlearns(painter_world, tmp_path, monkeypatch):
+    """The same loop, told that worse is better. A loop that improves either way measures luck."""
+    world, ours = painter_world("--epochs", "30"), clap_ppo.group_advantages
+    monkeypatch.setattr(clap_ppo, "group_advantages", lambda *args: -ours(*args))
+    before = plain_reward(world)
+    clap_ppo.train(world, tmp_path, {**NEW_RUN, "metrics": []})
+    assert plain_reward(world) < before - 0.5
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """What `update` is given in every epoch, and the rewards that led to it."""
+    calls, real = [], clap_ppo.update
+
+    def watch(policy, optimizer, rows, advantages, cfg, done, generator):
+        calls.append(SimpleNamespace(rows=rows, advantages=advantages, done=done))
+        return real(policy, optimizer, rows, advantages, cfg, done, generator)
+
+    monkeypatch.setattr(clap_ppo, "update", watch)
+    return calls
+
+
+def watch_rewards(world) -> list:
+    asked, real = [], world.reward
+    world.reward = lambda *args: asked.append(real(*args)) or asked[-1]
+    return asked
+
+
+def test_every_row_carries_the_advantage_of_its_clip(painter_world, tmp_path, watched):
+    """Rows of one clip may stand anywhere in the table; what they carry is their clip's advantage
+    among the clips of its own prompt."""
+    world = painter_world("--epochs", "2")
+    rewards = watch_rewards(world)
+    clap_ppo.train(world, tmp_path, {**NEW_RUN, "metrics": []})
+    for call, reward in zip(watched, rewards):
+        expected = clap_ppo.group_advantages(reward.view(2, 8)).flatten()
+        torch.testing.assert_close(call.advantages, expected[call.rows["clip"]])
+        assert len(call.advantages) == 2 * 8 * 2
+
+
+@pytest.mark.parametrize("until, expected", [("1", {0, 1, 2, 3}), ("0.5", {0, 1})])
+def test_windows_fall_everywhere_in_their_part_of_the_path(
+        painter_world, tmp_path, watched, until, expected):
+    """With 6 steps and a window of 2, windows begin at 0 to 3: the last step, 5, is never in one.
+    --noise-until 0.5 keeps them within the first three steps."""
+    world = painter_world("--epochs", "12", "--noise-until", until)
+    clap_ppo.train(world, tmp_path, {**NEW_RUN, "metrics": []})
+    begins = set()
+    for call in watched:
+        for clip in range(16):
+            steps = call.rows["step"][call.rows["clip"] == clip].sort().values.tolist()
+            assert len(steps) == 2 and steps[1] == steps[0] + 1
+            begins.add(steps[0])
+    assert begins == expected
+
+
+def test_every_epoch_has_its_own_noise_and_a_seed_fixes_it(painter_world, tmp_path, watched):
+    """Epochs differ in noise, windows and order of prompts, and no prompt comes twice in one. Equal
+    seeds repeat all of it, another seed none; `done` counts the optimizer's steps so far."""
+    def first_epochs(count, *flags):
+        watched.clear()
+        world = painter_world("--epochs", str(count), *flags)
+        clap_ppo.train(world, tmp_path, {**NEW_RUN, "metrics": []})
+        return [call.rows["latents"].sum().item() for call in watched]
+
+    noises = first_epochs(6)
+    assert len(set(noises)) == 6
+    assert [call.done for call in watched] == [0, 2, 4, 6, 8, 10]
+    assert all(call.rows["prompt_id"].unique().tolist() == [0, 1] for call in watched)
+    assert first_epochs(1) == noises[:1]
+    assert first_epochs(1, "--seed", "1")[0] not in noises
+
+
+def test_groups_whose_clips_score_alike_are_left_out(painter_world, tmp_path, watched):
+    """"down" gives every clip the same reward here. Its rows would only dilute the gradient."""
+    world = painter_world("--epochs", "1")
+    real = world.reward
+    world.reward = lambda w, rate, prompts: torch.where(
+        torch.tensor([p == "up" for p in prompts]), real(w, rate, prompts), torch.tensor(0.25))
+    clap_ppo.train(world, tmp_path, {**NEW_RUN, "metrics": []})
+    rows, advantages = watched[0].rows, watched[0].advantages
+    assert rows["prompt_id"].tolist() == [0] * 16
+    up = advantages[rows["step"] == rows["step"].min()]
+    assert len(up) == 8 and up.mean().abs() < 1e-5 and up.std() > 0.5
+    world.reward = lambda w, rate, prompts: torch.full((len(w),), 0.25)
+    with pytest.raises(UserError, match="same reward"):
+        clap_ppo.train(world, tmp_path, {**NEW_RUN, "metrics": []})
+
+
+def test_a_reward_that_is_not_a_number_stops_the_run_and_names_the_prompt(painter_world, tmp_path):
+    """Otherwise it spreads through the advantage into every weight."""
+    world = painter_world("--epochs", "1")
+    world.reward = lambda w, rate, prompts: torch.tensor(
+        [math.nan if p == "down" else 1.0 for p in prompts])
+    with pytest.raises(UserError, match="not finite.*'down'"):
+        clap_ppo.train(world, tmp_path, {**NEW_RUN, "metrics": []})
+
+
+def test_train_steps_draws_that_many_rows_of_every_clip(painter_world, tmp_path, watched):
+    """--train-steps 2 of 5 noisy steps: two rows of each clip, other ones in other clips."""
+    world = painter_world("--epochs", "1", "--noise-window", "all", "--train-steps", "2")
+    clap_ppo.train(world, tmp_path, {**NEW_RUN, "metrics": []})
+    rows = watched[0].rows
+    pairs = set(zip(rows["clip"].tolist(), rows["step"].tolist()))
+    assert len(pairs) == len(rows["clip"]) == 32
+    assert torch.bincount(rows["clip"]).tolist() == [2] * 16
+    assert len(rows["step"].unique()) == 5
+
+
+def adapter_copy(policy) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in policy.unet.parameters() if p.requires_grad]
+
+
+def test_the_micro_batch_changes_memory_and_speed_but_not_the_result():
+    """Gradients of micro-batches add up to the gradient of the minibatch's mean, also when the last
+    one is smaller. Plain SGD without a norm limit, because Adam hides a wrong scale."""
+    results = []
+    for micro_batch in (64, 3, 1):
+        cfg = config("--num-steps", "10", "--micro-batch", str(micro_batch), "--passes", "2",
+                     "--learning-rate", "0.5", "--max-grad-norm", "0", "--kl-weight", "0.1",
+                     "--warmup-updates", "0", "--clip-range", "0.5")
+        policy, _ = painter_policy(10, adapter_noise=0.2, micro_batch=micro_batch)
+        _, rows = roll(policy, cfg)
+        start = adapter_copy(policy)
+        info = update_once(policy, rows, cfg)
+        results.append((adapter_copy(policy), info))
+    assert max((a - b).abs().max() for a, b in zip(start, results[0][0])) > 1e-2
+    for weights, info in results[1:]:
+        for ours, reference in zip(weights, results[0][0]):
+            torch.testing.assert_close(ours, reference, rtol=0, atol=1e-5)
+        for key in ("loss", "approx_kl", "clip_fraction", "kl_base", "grad_norm"):
+            assert info[key] == pytest.approx(results[0][1][key], rel=1e-3, abs=1e-6)
+
+
+def test_an_update_makes_the_steps_it_was_asked_for_and_raises_good_actions():
+    """Two passes in three minibatches are six steps. Afterwards, actions with a positive advantage
+    are likelier than they were and the others less likely."""
+    cfg = config("--num-steps", "10", "--passes", "2", "--updates-per-epoch", "3",
+                 "--learning-rate", "0.2", "--clip-range", "0.5", "--warmup-updates", "0")
+    policy, _ = painter_policy(10, adapter_noise=0.1)
+    _, rows = roll(policy, cfg)
+    info = update_once(policy, rows, cfg)
+    assert info["updates"] == 6 and info["approx_kl"] > 0 and info["kl_base"] == 0
+    with torch.no_grad():
+        log_prob, _, _ = clap_ppo.replay(policy, rows, torch.arange(len(rows["clip"])), cfg)
+    gain, advantages = log_prob - rows["log_prob"], moved(rows, 8)
+    assert (gain * advantages).mean() > 1e-4
+    assert torch.corrcoef(torch.stack([gain, advantages]))[0, 1] > 0.3
+
+
+def test_the_clip_range_is_scaled_to_the_size_of_the_latents():
+    """1e-4 nats per element belong to 16,384 elements: 1.6 nats per clip. The same 1.6 nats over 16
+    elements are 0.1 per element; there, and not at 1e-4, must the update begin to clip."""
+    policy, _ = painter_policy(10, adapter_noise=0.1)
+    cfg = config("--num-steps", "10", "--clip-range", "1e-4", "--passes", "3",
+                 "--learning-rate", "0.2", "--warmup-updates", "0")
+    _, rows = roll(policy, cfg)
+    info = update_once(policy, rows, cfg)
+    assert info["approx_kl"] > 1e-8 and info["clip_fraction"] == 0
+    tight = dataclasses.replace(cfg, clip_range=1e-9)
+    policy, _ = painter_policy(10, adapter_noise=0.1)
+    assert update_once(policy, rows, tight)["clip_fraction"] > 0.3
+
+
+def test_the_kl_term_pulls_the_policy_back_to_the_base():
+    """Without any advantage only the KL term speaks. The adapter starts away from the base and must
+    come nearer; without the term nothing moves at all."""
+    def gap(policy, rows, cfg):
+        everything = torch.arange(len(rows["clip"]))
+        with torch.no_grad():
+            _, mean, sigma = clap_ppo.replay(policy, rows, everything, cfg)
+            with clap_ppo.adapter_disabled(policy.unet):
+                _, base, _ = clap_ppo.replay(policy, rows, everything, cfg)
+        return clap_ppo.gaussian_kl(mean, base, sigma).mean().item()
+
+    for weight in ("0", "1"):
+        cfg = config("--num-steps", "10", "--kl-weight", weight, "--passes", "3",
+                     "--learning-rate", "0.5", "--warmup-updates", "0")
+        policy, _ = painter_policy(10, adapter_noise=0.3)
+        _, rows = roll(policy, cfg)
+        before = gap(policy, rows, cfg)
+        info = update_once(policy, rows, cfg, advantages=torch.zeros(len(rows["clip"])))
+        after = gap(policy, rows, cfg)
+        if weight == "0":
+            assert after == before
+        else:
+            assert after < 0.9 * before
+            assert after < info["kl_base"] <= before * 1.001
+            assert info["loss"] == pytest.approx(info["kl_base"], rel=1e-3)
+
+
+def test_with_the_adapter_disabled_the_network_is_exactly_the_base():
+    """Bit for bit, since the reference policy is not a copy but the same weights; and afterwards,
+    even after an error, the adapter is on again."""
+    asked = torch.ones(1, *Painter.SHAPE), torch.tensor([500]), torch.eye(2)[:1]
+    policy, _ = painter_policy(adapter_noise=0.5)
+    base, tuned = Painter(2).eval()(*asked).sample, policy.unet(*asked).sample
+    assert (base - tuned).abs().max() > 0.01
+    with clap_ppo.adapter_disabled(policy.unet):
+        assert torch.equal(policy.unet(*asked).sample, base)
+    assert torch.equal(policy.unet(*asked).sample, tuned)
+    with pytest.raises(RuntimeError), clap_ppo.adapter_disabled(policy.unet):
+        raise RuntimeError
+    assert torch.equal(policy.unet(*asked).sample, tuned)
+
+
+def test_a_new_adapter_changes_nothing_and_the_bundled_unet_is_base_without_it(world):
+    """LoRA's B is zero at first: the policy starts at the base, bit for bit, in the real U-Net."""
+    noise = torch.randn(2, *world.policy.latent_shape, generator=seeded(0))
+    ids = torch.tensor([0, 1])
+    with_adapter = clap_ppo.sample(world.policy, ids, noise)
+    with clap_ppo.adapter_disabled(world.policy.unet):
+        assert torch.equal(clap_ppo.sample(world.policy, ids, noise), with_adapter)
+    trained = [p for p in world.policy.unet.parameters() if p.requires_grad]
+    assert trained and all(p.dtype == torch.float32 for p in trained)
+    assert {id(p) for p in trained} == {id(p) for p in world.optimizer.param_groups[0]["params"]}
+
+
+def test_the_learning_rate_warms_up_over_the_whole_run():
+    """Adam's first steps have size lr in every weight, however small the gradient, so lr rises from
+    near 0; counted from the start of the run, or every epoch would warm up again."""
+    class Diary(torch.optim.SGD):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+
+    rates, cfg = [], config("--num-steps", "10", "--learning-rate", "0.5", "--warmup-updates", "10",
+                            "--updates-per-epoch", "4")
+    policy, weights = painter_policy(10)
+    _, rows = roll(policy, cfg)
+    for done in (0, 8):
+        update_once(policy, rows, cfg, optimizer=Diary(weights, lr=0.5), done=done)
+    assert rates == pytest.approx([0.05, 0.10, 0.15, 0.20, 0.45, 0.50, 0.50, 0.50])
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights():
+    """One NaN in Adam's state is for ever."""
+    policy, _ = painter_policy(10)
+    cfg = config("--num-steps", "10")
+    _, rows = roll(policy, cfg)
+    start = adapter_copy(policy)
+    with pytest.raises(UserError, match="gradient is not finite"):
+        update_once(policy, rows, cfg, advantages=torch.full((len(rows["clip"]),), math.nan))
+    assert all(torch.equal(a, b) for a, b in zip(start, adapter_copy(policy)))
+
+
+def test_gradients_are_scaled_down_to_the_norm_that_was_asked_for():
+    """--max-grad-norm bounds the step; what is logged is the norm before."""
+    for limit, moves_by in ((1e-3, 1e-3), (0.0, None)):
+        cfg = config("--num-steps", "10", "--learning-rate", "1", "--max-grad-norm", str(limit),
+                     "--updates-per-epoch", "1", "--warmup-updates", "0")
+        policy, _ = painter_policy(10, adapter_noise=0.2)
+        _, rows = roll(policy, cfg)
+        start = adapter_copy(policy)
+        norm = update_once(policy, rows, cfg)["grad_norm"]
+        step = torch.cat([(a - b).flatten() for a, b in zip(start, adapter_copy(policy))]).norm()
+        assert step.item() == pytest.approx(moves_by or norm, rel=1e-3)
+        assert norm > 2e-3
+
+
+# =================================================================================================
+# 7. Nothing is lost: resume, bad input
+# =================================================================================================
+
+def run_main(capsys, *flags: str) -> tuple[int, str]:
+    """Exit code of a command line, and what it wrote to stderr."""
+    capsys.readouterr()
+    code = clap_ppo.main([str(flag) for flag in flags])
+    return code, capsys.readouterr().err
+
+
+def results(run: Path) -> tuple:
+    """All that a run found out: adapter, metrics without their wall time, evaluation."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("seconds")
+    return ((run / "adapter/adapter.safetensors").read_bytes(), rows,
+            json.loads((run / "evaluation.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def run_flags(prompt_file):
+    """A run of three epochs that asks the judge in each and is still warming up when it ends."""
+    return ["--prompts", str(prompt_file), *TOY_FLAGS, *TINY, "--judge-every", "1",
+            "--warmup-updates", "10", "--learning-rate", "0.01"]
+
+
+@pytest.fixture(scope="module")
+def straight_run(run_flags, tmp_path_factory):
+    """The results of that run when nothing disturbs it."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    assert clap_ppo.main([*run_flags, "--out", str(run)]) == 0
+    return results(run)
+
+
+def test_two_epochs_and_one_more_are_three(run_flags, straight_run, tmp_path, capsys):
+    """`--resume RUN --epochs 3` goes on where two epochs ended, to the same bytes: adapter,
+    optimizer, warm-up and every random number are those of the run that was never cut."""
+    run = tmp_path / "run"
+    assert run_main(capsys, *run_flags, "--epochs", 2, "--out", run)[0] == 0
+    assert len(results(run)[1]) == 2
+    assert run_main(capsys, "--resume", run, "--epochs", 3)[0] == 0
+    assert results(run) == straight_run
+
+
+@pytest.mark.parametrize("moment", [1, 3, 4], ids=["first-epoch", "second-rollout", "second-judge"])
+def test_a_run_cut_at_any_moment_resumes_to_the_same_bytes(
+        run_flags, straight_run, tmp_path, capsys, monkeypatch, moment):
+    """Ctrl-C while rewards are computed: before anything was saved; in the second epoch's rollout;
+    and at its end, when the weights have moved on but the checkpoint has not."""
+    run, real, calls = tmp_path / "run", clap_ppo.clap_reward, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == moment:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clap_ppo, "clap_reward", interrupted)
+        try:
+            assert run_main(capsys, *run_flags, "--out", run)[0] != 0
+        except KeyboardInterrupt:
+            pass
+    assert len(calls) == moment and not (run / "evaluation.json").exists()
+    assert run_main(capsys, "--resume", run)[0] == 0
+    assert results(run) == straight_run
+
+
+def test_a_seed_makes_a_run_and_another_seed_another(run_flags, straight_run, tmp_path, capsys):
+    """Equal seeds give equal bytes, also in one process, where torch's own generator moved on."""
+    for seed, same in ((0, True), (1, False)):
+        run = tmp_path / str(seed)
+        assert run_main(capsys, *run_flags, "--seed", seed, "--out", run)[0] == 0
+        assert (results(run)[0] == straight_run[0]) is same
+
+
+def test_a_file_is_the_old_one_or_the_new_one_never_half(tmp_path):
+    """Disk full, power cut: what is written is a temporary file; only a finished one is renamed."""
+    file = tmp_path / "checkpoint.pt"
+    file.write_text("old")
+
+    def half(path):
+        path.write_text("ne")
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError):
+        clap_ppo.write_atomically(file, half)
+    assert file.read_text() == "old"
+    clap_ppo.write_atomically(file, lambda path: path.write_text("new"))
+    assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("content, complaint", [
+    (None, "No such file"),
+    (b"", "no prompt"),
+    (b"# only\n\n   \n# comments\n", "no prompt"),
+    (b"snoring\nwind \x00 blowing\n", "line 2.*binary"),
+    (b"\x89PNG\r\n\x1a\n\x00\x00", "line 1.*not UTF-8"),
+    ("snoring\n# gr\u00fcn\nV\u00f6gel\n".encode("latin-1"), "line 2.*not UTF-8"),
+], ids=["missing", "empty", "comments", "binary", "image", "latin-1"])
+def test_a_prompt_file_that_cannot_be_used_is_named_with_its_line(
+        tmp_path, capsys, monkeypatch, content, complaint):
+    """One line on stderr, exit code 2, nothing written."""
+    file = tmp_path / "mine.txt"
+    if content is not None:
+        file.write_bytes(content)
+    refused(capsys, tmp_path, monkeypatch, ["--prompts", file], f"mine.txt.*{complaint}")
+
+
+def refused(capsys, folder, monkeypatch, flags, complaint):
+    """Asserts that a command ends with code 2, one line that matches, and no file more or less."""
+    monkeypatch.chdir(folder)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    code, err = run_main(capsys, *flags)
+    lines = [x for x in err.splitlines() if x.strip()]
+    assert code == 2
+    assert len(lines) == 1 and lines[0].startswith("clap_ppo.py: "), err
+    assert re.search(complaint, lines[0]), lines[0]
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    (["--clips-per-prompt", "1"], "--clips-per-prompt 1.*2.*other clips"),
+    (["--eta", "0"], "--eta 0.*without noise"),
+    (["--eta", "nan"], "--eta nan"),
+    (["--eta", "-1"], "--eta -1"),
+    (["--noise-window", "0"], "--noise-window 0.*use 1 to 4"),
+    (["--noise-window", "5"], "--noise-window 5.*use 1 to 4.*last step"),
+    (["--noise-window", "two"], "--noise-window two"),
+    (["--num-steps", "1"], "--num-steps 1"),
+    (["--train-steps", "3"], "--train-steps 3.*at most.*2"),
+    (["--learning-rate", "0"], "--learning-rate 0"),
+    (["--learning-rate", "inf"], "--learning-rate inf"),
+    (["--micro-batch", "0"], "--micro-batch 0"),
+    (["--epochs", "0"], "--epochs 0"),
+], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_settings_that_leave_nothing_to_train_are_refused_with_the_remedy(
+        prompt_file, tmp_path, capsys, monkeypatch, flags, complaint):
+    """The value as it was given, and what would work instead."""
+    refused(capsys, tmp_path, monkeypatch,
+            ["--prompts", prompt_file, *TOY_FLAGS, *TINY, *flags], complaint)
+
+
+def test_without_prompts_the_flag_is_asked_for(tmp_path, capsys, monkeypatch):
+    """The shortest wrong command is `python clap_ppo.py`."""
+    refused(capsys, tmp_path, monkeypatch, [], "--prompts.*samples/prompts.txt")
+
+
+def test_held_out_prompts_must_not_be_trained_on(prompt_file, tmp_path, capsys, monkeypatch):
+    """Otherwise the evaluation would praise memory."""
+    (tmp_path / "eval.txt").write_text("wind blowing\nsnoring\n")
+    refused(capsys, tmp_path, monkeypatch,
+            ["--prompts", prompt_file, "--eval-prompts", tmp_path / "eval.txt", *TOY_FLAGS],
+            "'snoring'")
+
+
+def test_too_few_prompts_to_hold_some_out_are_refused(tmp_path, capsys, monkeypatch):
+    """Seven prompts and no held-out file."""
+    (tmp_path / "mine.txt").write_text("".join(f"wind {i}\n" for i in range(7)))
+    refused(capsys, tmp_path, monkeypatch, ["--prompts", tmp_path / "mine.txt", *TOY_FLAGS],
+            "7 prompts.*--eval-prompts")
+
+
+def test_without_a_held_out_file_a_quarter_is_held_out_and_said(tmp_path, capsys):
+    """The same quarter every time."""
+    lines = [f"wind {i}" for i in range(12)]
+    (tmp_path / "mine.txt").write_text("\n".join(lines))
+    cfg = config("--prompts", str(tmp_path / "mine.txt"))
+    train, held_out = clap_ppo.split_prompts(cfg)
+    assert sorted(train + held_out) == sorted(lines) and len(held_out) == 3
+    assert (train, held_out) == clap_ppo.split_prompts(cfg)
+    assert "3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("make, complaint", [
+    (lambda folder: folder.mkdir(), "not a diffusers pipeline"),
+    (lambda folder: folder.write_text("hello"), "not a diffusers pipeline"),
+    (lambda folder: (folder.mkdir(), (folder / "model_index.json").write_text("{broken")),
+     "--model .*"),
+    (lambda folder: (folder.mkdir(), (folder / "model_index.json").write_text(
+        '{"_class_name": "AudioLDMPipeline", "vae": ["diffusers", "AutoencoderKL"]}')),
+     "--model .*incomplete"),
+    (lambda folder: (folder.mkdir(), (folder / "model_index.json").write_text(
+        '{"_class_name": "MusicLDMPipeline"}')), "MusicLDMPipeline"),
+], ids=["empty-folder", "a-file", "broken-json", "incomplete", "another-kind"])
+def test_a_model_folder_that_is_not_one_is_refused(
+        prompt_file, tmp_path, capsys, monkeypatch, make, complaint):
+    """In one line, not in the traceback of a library."""
+    make(tmp_path / "model")
+    refused(capsys, tmp_path, monkeypatch,
+            ["--prompts", prompt_file, *TOY_FLAGS, "--model", tmp_path / "model"], complaint)
+
+
+def test_a_hub_id_without_network_names_the_bundled_alternative(
+        prompt_file, tmp_path, capsys, monkeypatch):
+    """The hub's own message is about caches and tokens; what helps is the model that is here."""
+    refused(capsys, tmp_path, monkeypatch,
+            ["--prompts", prompt_file, "--model", "nobody/has-this-model"], "--preset toy")
+
+
+@pytest.mark.parametrize("flag", ["--clap", "--judge"])
+def test_a_reward_or_judge_that_is_none_is_refused(
+        prompt_file, tmp_path, capsys, monkeypatch, flag):
+    """A text file is neither."""
+    file = tmp_path / "thing"
+    file.write_text("neither weights nor a folder")
+    refused(capsys, tmp_path, monkeypatch,
+            ["--prompts", prompt_file, *TOY_FLAGS, *TINY, flag, file], f"{flag} .*thing")
+
+
+def test_an_existing_run_directory_is_never_overwritten(prompt_file, tmp_path, capsys, monkeypatch):
+    """And the way to go on with it is named."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoint.pt").write_text("three days of work")
+    refused(capsys, tmp_path, monkeypatch,
+            ["--prompts", prompt_file, *TOY_FLAGS, *TINY, "--out", tmp_path / "run"],
+            "exists already.*--resume")
+
+
+@pytest.mark.parametrize("given, complaint", [
+    (["--resume", "nowhere"], "--resume nowhere.*not a run"),
+    (["--resume", "run", "--eta", "0.5"], "--eta cannot change"),
+    (["--resume", "broken"], "--resume broken.*not a run"),
+])
+def test_only_a_run_can_be_resumed_and_only_its_length_changed(
+        prompt_file, tmp_path, capsys, monkeypatch, given, complaint):
+    """Another eta in the middle of a run would make a run that no command line describes."""
+    for name, text in (("run", json.dumps(dataclasses.asdict(config()))), ("broken", "{}]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+    refused(capsys, tmp_path, monkeypatch, given, complaint)
+
+
+def test_repeated_prompts_are_merged_and_said(tmp_path, capsys):
+    """Spaces do not make another prompt; a byte order mark and Windows line ends are no prompts."""
+    file = tmp_path / "mine.txt"
+    file.write_bytes("\ufeffsnoring\r\n# comment\r\nwind  blowing\r\n  snoring \r\n".encode())
+    assert clap_ppo.read_prompts(str(file)) == ["snoring", "wind blowing"]
+    err = capsys.readouterr().err
+    assert re.search(r"line 4.*line 1.*'snoring'", err) and len(err.splitlines()) == 1
+
+
+def test_what_the_model_cannot_take_in_is_said_before_the_run(tmp_path, capsys):
+    """A prompt of more than 77 tokens is cut, and the part that is lost named; words that the toy
+    never heard are named, with the preset that knows all words."""
+    long = "water flows then wind blowing then snoring then birds chirp then " * 8 + "helicopter"
+    (tmp_path / "prompts.txt").write_text("snoring\na Xylophone plays\n" + long + "\n")
+    (tmp_path / "eval_prompts.txt").write_text("wind blowing\n")
+    clap_ppo.load_world(config("--prompts", str(tmp_path / "prompts.txt")))
+    err = capsys.readouterr().err
+    assert "helicopter" in re.search(r".*cut.*", err).group()
+    unknown = re.search(r".*never.*", err).group()
+    assert all(w in unknown for w in ("xylophone", "plays", "helicopter", "--preset audioldm"))
+    assert "water" not in unknown
+
+
+# =================================================================================================
+# 8. The promises on the box
+# =================================================================================================
+
+SOURCE = Path(clap_ppo.__file__).read_text()
+TREE = ast.parse(SOURCE)
+
+
+def test_a_run_leaves_what_was_promised(finished_run):
+    """Every file, readable by the program that it is for."""
+    import soundfile
+    assert finished_run.code == 0, finished_run.err
+    run = finished_run.folder
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    for column in ("base", "best_of_n", "tuned", "tuned_minus_base"):
+        for name in ("reward", "judge_score", "recognition", "loudness", "broken"):
+            cell = evaluation[column][name]
+            assert cell["low"] - 1e-6 <= cell["value"] <= cell["high"] + 1e-6
+    assert 0 <= evaluation["preference"]["low"] <= evaluation["preference"]["high"] <= 1
+    saved = clap_ppo.Config(**json.loads((run / "config.json").read_text()))
+    assert saved.guidance_scale == 2.5 and saved.epochs == 3
+    assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("000-base.wav", "000-tuned.wav", "002-tuned.wav"):
+        wave, rate = soundfile.read(run / "samples" / name)
+        assert rate == 16000 and wave.shape == (40960,) and np.abs(wave).max() > 0
+    assert HELD_OUT[0] in (run / "samples/prompts.txt").read_text()
+    assert not list(run.rglob("*.tmp"))
+    assert len(re.findall(r"^epoch \d/3 ", finished_run.out, flags=re.M)) == 3
+
+
+def test_the_printed_snippet_gives_the_tuned_clips_in_a_plain_pipeline(finished_run, monkeypatch):
+    """The proof of the adapter: the lines that the run printed, run as they stand, in a pipeline
+    that knows nothing of this script. From the same starting noise it sings what the run's tuned
+    clip sings, and without the adapter what its base clip does. (PCM has steps of 3e-5.)"""
+    import soundfile
+    assert finished_run.code == 0, finished_run.err
+    snippet = (finished_run.folder / "adapter/load.py").read_text()
+    assert snippet.strip() in finished_run.out
+    monkeypatch.chdir(finished_run.folder.parent)
+    noise = torch.randn(2 * len(HELD_OUT), *(8, 16, 8), generator=seeded(999))
+    with_adapter, without = {}, {}
+    exec(snippet, {"prompt": HELD_OUT[0]}, with_adapter)
+    exec(re.sub(r"(?m)^(pipe\.unet|audio).*", "", snippet), {}, without)
+    assert with_adapter["audio"].shape == (1, 40960)
+    heard = {}
+    for name, pipe in (("tuned", with_adapter["pipe"]), ("base", without["pipe"])):
+        pipe.set_progress_bar_config(disable=True)
+        heard[name] = [pipe(HELD_OUT[i], latents=noise[2 * i:2 * i + 1], num_inference_steps=5,
+                            guidance_scale=2.5, audio_length_in_s=2.56).audios[0] for i in (0, 2)]
+        for i, audio in zip((0, 2), heard[name]):
+            saved, _ = soundfile.read(finished_run.folder / f"samples/{i:03d}-{name}.wav")
+            np.testing.assert_allclose(np.clip(audio, -1, 1), saved, rtol=0, atol=2e-4)
+    difference = np.abs(np.array(heard["tuned"]) - np.array(heard["base"])).max()
+    assert difference > 5e-4, "the tuned clips are not the base's"
+
+
+def test_the_judge_keeps_the_best_adapter_and_says_when_the_reward_misleads(capsys):
+    """The reward can be fooled; the judge was never trained against. When one rises and the other
+    falls, the earlier adapter stays and the terminal says so."""
+    row = {"epoch": 10, "judge_score": 0.5, "monitor_reward": 0.3}
+    first = clap_ppo.keep_best({}, row, {"a": 1})
+    row = {"epoch": 20, "judge_score": 0.4, "monitor_reward": 0.6}
+    assert clap_ppo.keep_best(first, row, {"a": 2}) == first
+    assert re.search("epoch 20.*epoch 10", capsys.readouterr().err)
+    better = clap_ppo.keep_best(first, {**row, "judge_score": 0.7}, {"a": 2})
+    assert better["epoch"] == 20 and better["adapter"] == {"a": 2}
+    assert not capsys.readouterr().err
+
+
+def make_clips(judge, reward=None, embeds=None, waveforms=None) -> clap_ppo.Clips:
+    """Clips of M prompts from judge scores (M, n, M), the rest filled in."""
+    count, n, _ = judge.shape
+    return clap_ppo.Clips(
+        torch.full((count, n, 100), 0.1) if waveforms is None else waveforms,
+        torch.zeros(count, n) if reward is None else reward, judge,
+        torch.ones(count, n, 1) if embeds is None else embeds)
+
+
+def test_a_judge_that_always_hears_the_prompt_has_a_recognition_of_one():
+    """And one that always hears the next prompt has 0; one that hears half of the clips, 1/2."""
+    ear = torch.eye(4)[:, None].repeat(1, 2, 1)
+    deaf = ear.roll(1, dims=2)
+    metrics = clap_ppo.per_prompt_metrics(make_clips(ear))
+    assert metrics["recognition"].tolist() == [1, 1, 1, 1]
+    assert metrics["judge_score"].tolist() == [1, 1, 1, 1]
+    assert clap_ppo.per_prompt_metrics(make_clips(deaf))["recognition"].tolist() == [0, 0, 0, 0]
+    half = torch.cat([ear[:, :1], deaf[:, :1]], dim=1)
+    assert clap_ppo.per_prompt_metrics(make_clips(half))["recognition"].tolist() == [0.5] * 4
+
+
+def test_diversity_loudness_and_broken_clips_mean_what_they_say():
+    """Equal clips have diversity 0, unrelated ones 1. A tenth of full scale is -20 dB. Silence and
+    clipping are broken. The judge hears prompt 0 everywhere, so prompt 1 has no two recognised
+    clips and its diversity among those is unknown: left out of the mean, not counted as 0."""
+    judge = torch.zeros(2, 2, 2)
+    judge[:, :, 0] = 1
+    embeds = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]])
+    waveforms = torch.full((2, 2, 100), 0.1)
+    waveforms[1, 0] = 0.0
+    waveforms[1, 1] = 1.0
+    metrics = clap_ppo.per_prompt_metrics(make_clips(judge, embeds=embeds, waveforms=waveforms))
+    torch.testing.assert_close(metrics["diversity"], torch.tensor([0.0, 1.0]))
+    assert metrics["diversity_right"][0] == 0 and metrics["diversity_right"][1].isnan()
+    assert clap_ppo.bootstrap(metrics["diversity_right"])["value"] == 0
+    assert metrics["loudness"][0].item() == pytest.approx(-20, abs=1e-3)
+    assert metrics["broken"].tolist() == [0, 1]
+
+
+def test_best_of_n_takes_the_clip_that_the_reward_likes_best():
+    """By the reward, since that is what a user could ask; the judge then says what it was worth."""
+    reward = torch.tensor([[0.1, 0.9, 0.5], [0.8, 0.2, 0.3]])
+    judge = torch.arange(12.0).reshape(2, 3, 2)
+    best = clap_ppo.best_of(make_clips(judge, reward))
+    assert best.reward.tolist() == [[pytest.approx(0.9)], [pytest.approx(0.8)]]
+    assert torch.equal(best.judge, torch.stack([judge[0, 1:2], judge[1, 0:1]]))
+    assert best.waveforms.shape == (2, 1, 100)
+
+
+def test_the_preference_rate_counts_pairs_in_which_tuned_is_better():
+    """Pairs share prompt and noise; a tie is half. Only the clip's own prompt counts."""
+    low = torch.zeros(3, 2, 3)
+    high = low + torch.eye(3)[:, None]
+    assert clap_ppo.compare(make_clips(low), make_clips(high))["preference"]["value"] == 1
+    assert clap_ppo.compare(make_clips(high), make_clips(low))["preference"]["value"] == 0
+    assert clap_ppo.compare(make_clips(low), make_clips(low))["preference"]["value"] == 0.5
+    elsewhere = low + (1 - torch.eye(3))[:, None]
+    assert clap_ppo.compare(make_clips(low), make_clips(elsewhere))["preference"]["value"] == 0.5
+    result = clap_ppo.compare(make_clips(low), make_clips(high))
+    assert result["tuned_minus_base"]["judge_score"]["value"] == 1
+    assert result["preference"]["high"] == pytest.approx(1) and result["preference"]["low"] < 0.7
+
+
+@pytest.mark.parametrize("successes, n, low, high", [
+    (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962),
+    (7, 10, 0.3968, 0.8922)])
+def test_wilsons_interval_has_its_published_values(successes, n, low, high):
+    """Unlike the textbook interval it stays within [0, 1] and is not empty at 0 or 1."""
+    interval = clap_ppo.wilson(successes, n)
+    assert interval["value"] == successes / n
+    assert interval["low"] == pytest.approx(low, abs=2e-4)
+    assert interval["high"] == pytest.approx(high, abs=2e-4)
+
+
+def test_the_bootstrap_interval_is_that_of_a_mean():
+    """For 400 values of standard deviation 1 the mean is known to 1.96 / 20."""
+    values = torch.randn(400, generator=seeded(0)) + 3
+    interval = clap_ppo.bootstrap(values)
+    assert interval["value"] == pytest.approx(values.mean().item(), abs=1e-5)
+    assert interval["value"] - interval["low"] == pytest.approx(1.96 / 20, rel=0.15)
+    assert interval["high"] - interval["value"] == pytest.approx(1.96 / 20, rel=0.15)
+    assert interval == clap_ppo.bootstrap(values), "the same numbers every time"
+    assert clap_ppo.bootstrap(torch.ones(5)) == {"value": 1, "low": 1, "high": 1}
+
+
+def test_evaluation_starts_base_and_tuned_from_the_same_noise(world):
+    """Before any training both are the same clips, whatever the batches they are made in."""
+    def clips(seed):
+        return clap_ppo.make_clips(world, world.policy, world.held_out_ids, 2, seed=seed)
+
+    tuned, again = clips(seed=4), clips(seed=4)
+    with clap_ppo.adapter_disabled(world.policy.unet):
+        base = clips(seed=4)
+    for other in (again, base):
+        assert all(torch.equal(a, b) for a, b in zip(tuned, other))
+    assert tuned.judge.shape == (3, 2, 3) and tuned.waveforms.shape == (3, 2, 40960)
+    assert not torch.equal(tuned.waveforms[:, 0], tuned.waveforms[:, 1]), "each its own noise"
+    assert not torch.equal(clips(seed=5).waveforms, tuned.waveforms)
+
+
+def test_the_steps_of_the_docstring_are_those_of_the_code():
+    """STEP 1 to 6 are announced, and each tags a line of the loop, in that order."""
+    docstring = ast.get_docstring(TREE, clean=False)
+    code = SOURCE.replace(docstring, "")
+    assert re.findall(r"^ *STEP (\d)", docstring, flags=re.M) == list("123456")
+    assert re.findall(r"# *STEP (\d)", code) == list("123456")
+
+
+def test_the_examples_in_the_docstrings_are_true():
+    """Each `>>>` is run."""
+    tested = doctest.testmod(clap_ppo)
+    assert tested.failed == 0 and tested.attempted >= 3
+
+
+def test_importing_the_script_does_nothing():
+    """No output, none of the heavy packages: `--help` answers as fast as torch imports, and a
+    function can be imported from it into another project."""
+    heavy = ["diffusers", "transformers", "peft", "laion_clap", "torchaudio", "torchvision",
+             "matplotlib", "soundfile", "accelerate"]
+    code = (f"import sys; import clap_ppo; print([m for m in {heavy} if m in sys.modules]); "
+            "clap_ppo.main(['--help'])")
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(HERE)},
+                          capture_output=True, text=True)
+    first, *rest = done.stdout.splitlines()
+    assert first == "[]" and done.stderr == "" and done.returncode == 0
+    for field in dataclasses.fields(clap_ppo.Config):
+        assert f"--{field.name.replace('_', '-')}" in " ".join(rest)
+
+
+def test_every_flag_is_read_somewhere():
+    """A flag that is accepted and never read is a lie. Outside of Config, or in its properties."""
+    fields, read = {f.name for f in dataclasses.fields(clap_ppo.Config)}, set()
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, (ast.Name, ast.Attribute)):
+            owner = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
+            if owner in ("cfg", "c", "self"):
+                read.add(node.attr)
+    assert fields - read == set()
+
+
+def test_functions_are_short_enough_to_read_at_once_and_say_what_they_do():
+    """At most 62 lines with the docstring; every public function and class has one."""
+    public = [node for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    functions = [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef)]
+    assert {f.name: f.end_lineno - f.lineno + 1 for f in functions
+            if f.end_lineno - f.lineno + 1 > 62} == {}
+    assert [n.name for n in public if not n.name.startswith("_") and not ast.get_docstring(n)] == []
+    assert [i for i, line in enumerate(SOURCE.splitlines(), 1) if len(line) > 100] == []
+
+
+def commands(text: str) -> list[list[str]]:
+    """The arguments of each line that calls the script."""
+    lines = re.findall(r"^\s*(?:\$ )?python clap_ppo\.py\b.*$", text, flags=re.M)
+    return [shlex.split(line.replace("$ ", ""), comments=True)[2:] for line in lines]
+
+
+@pytest.mark.parametrize("document", ["clap_ppo.py", "README.md"])
+def test_the_documented_commands_are_understood(document, tmp_path, monkeypatch):
+    """Every command that a reader can copy, from the docstring and from the README. A run that is
+    to be resumed is put there first."""
+    if not (HERE / document).exists():
+        pytest.skip(f"{document} does not exist")
+    text = (HERE / document).read_text() if document != "clap_ppo.py" else clap_ppo.__doc__
+    found = commands(text)
+    assert found
+    monkeypatch.chdir(tmp_path)
+    for arguments in found:
+        if "--resume" in arguments:
+            run = Path(arguments[arguments.index("--resume") + 1])
+            run.mkdir(parents=True, exist_ok=True)
+            (run / "config.json").write_text(json.dumps(dataclasses.asdict(config())))
+        if "--help" in arguments:
+            with pytest.raises(SystemExit):
+                clap_ppo.parse_args(arguments)
+        else:
+            assert isinstance(clap_ppo.parse_args(arguments)[0], clap_ppo.Config), arguments
+
+
+def test_a_preset_is_only_a_set_of_defaults():
+    """Named values, each of them a flag, each of which a flag overrides."""
+    fields = {f.name for f in dataclasses.fields(clap_ppo.Config)}
+    for preset, values in clap_ppo.PRESETS.items():
+        assert set(values) <= fields
+        cfg, _ = clap_ppo.parse_args(["--prompts", "p.txt", "--preset", preset, "--seed", "5"])
+        assert (cfg.preset, cfg.seed) == (preset, 5)
+        assert all(getattr(cfg, name) == value for name, value in values.items())
+    cfg, _ = clap_ppo.parse_args(["--prompts", "p.txt", "--preset", "audioldm", "--epochs", "3"])
+    assert cfg.epochs == 3 and cfg.learning_rate == clap_ppo.PRESETS["audioldm"]["learning_rate"]
+
+
+def test_every_requirement_is_used(world):
+    """Imported by one of our files, or (two of them) by a package that does not say so: diffusers
+    loads with accelerate, laion_clap imports torchvision."""
+    lines = [x.split("#")[0].strip() for x in (HERE / "requirements.txt").read_text().splitlines()]
+    names = [re.match(r"[\w-]+", x).group().replace("-", "_") for x in lines if x]
+    imported = set()
+    for file in [*HERE.glob("*.py"), *(HERE / "samples").glob("*.py")]:
+        text = file.read_text()
+        imported |= set(re.findall(r"^\s*(?:import|from) (\w+)", text, flags=re.M))
+        imported |= set(re.findall(r"find_spec\(\"(\w+)\"\)", text))
+    unused = set(names) - imported
+    assert unused <= {"accelerate", "torchvision"} and unused <= set(sys.modules)
+
+
+def toy_sounds():
+    """samples/toy_sounds.py as a module."""
+    from importlib.util import module_from_spec, spec_from_file_location
+    spec = spec_from_file_location("toy_sounds", HERE / "samples/toy_sounds.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_held_out_prompts_ask_for_what_was_never_asked_in_training():
+    """No prompt in common, and at least half of the held-out pairs of events meet in no training
+    prompt. All of them, and the six published prompts, are in the toy's words."""
+    sounds = toy_sounds()
+    scenes = {name: [sounds.canonical(sounds.parse(p)) for p in
+                     clap_ppo.read_prompts(str(HERE / f"samples/{name}.txt"))]
+              for name in ("prompts", "eval_prompts", "published_prompts")}
+    assert len(scenes["published_prompts"]) == 6
+    assert not set(scenes["prompts"]) & set(scenes["eval_prompts"]), "not even in other words"
+
+    def pairs(scenes):
+        return {frozenset(pair) for _, events in scenes
+                for pair in itertools.combinations(events, 2)}
+
+    held_out = pairs(scenes["eval_prompts"])
+    assert len(held_out - pairs(scenes["prompts"])) >= len(held_out) / 2
+
+
+def test_the_bundled_world_is_small():
+    """A clone should not cost more than a few songs: 16 MiB, in half precision."""
+    folder = TOY or HERE / "samples/toy"
+    assert 0 < sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) <= 16 * 2 ** 20
+
+
+def test_the_toy_world_is_rebuilt_by_its_script(tmp_path):
+    """`make_toy.py --fast`: every stage with a budget of three steps, and what comes out loads."""
+    done = subprocess.run([sys.executable, str(HERE / "samples/make_toy.py"), "--fast", "--out",
+                           str(tmp_path / "toy"), "--threads", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    pipeline = clap_ppo.load_pipeline(str(tmp_path / "toy/pipeline"), torch.device("cpu"))
+    clap = clap_ppo.load_clap(str(tmp_path / "toy/clap.pt"), pipeline.tokenizer)
+    judge = clap_ppo.load_judge(str(tmp_path / "toy/judge"))
+    embeds = clap_ppo.encode_prompts(pipeline, ["snoring", "talking"])["class_labels"]
+    torch.testing.assert_close(embeds.norm(dim=1), torch.ones(2))
+    mel_rate = pipeline.vocoder.config.sampling_rate
+    assert clap_ppo.clap_reward(clap, tone(300, mel_rate), mel_rate, ["snoring"]).isfinite().all()
+    assert judge.config.projection_dim > 0
