@@ -29,11 +29,14 @@ Where this differs from DDPO (Black et al. 2023), and why:
        must not enter the advantage.
     2. Noise is added in a short window of steps only (2 of 10), plain DDIM elsewhere. Reward
        differences within a group then come from those actions, and only those are trained. All
-       K clips share the path to the window, which is therefore computed once per prompt.
-       `--noise-window all --no-shared-noise` is the textbook policy; the code is the same.
+       K clips share the path to the window, which is therefore computed once per prompt. The
+       windows lie early (`--noise-until`), where it is decided which sounds there will be: late
+       steps change the reward little and the log-prob much, so they drowned the others' gradient.
+       `--noise-window all --noise-until 1 --no-shared-noise` is the textbook policy, same code.
     3. Advantages use the statistics of this epoch's K clips of the prompt, no running buffer.
     4. The last step is sampled but not trained: its sigma is so small that its log-prob is noise.
     5. The ratio before an epoch's first update is asserted to be 1.
+    6. Judged and saved is an average of the last epochs' weights (EMA): the last ones wobble.
 
 References: DDIM, Song et al. 2021 (arXiv 2010.02502). DDPO, Black et al. 2023 (2305.13301). PPO,
 Schulman et al. 2017 (1707.06347). CLAP, Wu et al. 2023 (2211.06687). LoRA, Hu et al. 2021
@@ -269,14 +272,16 @@ class Config:
     prompts_per_epoch: int = option(8, "P, prompts per epoch")
     clips_per_prompt: int = option(16, "K, clips per prompt: the group; below 8 learning dies (2 to 64)")
     updates_per_epoch: int = option(4, "optimiser steps per pass over an epoch's rows (1 to 8)")
-    passes: int = option(1, "passes over an epoch's rows (1 to 4)")
-    learning_rate: float = option(1e-3, "Adam's step size for the LoRA weights")
+    passes: int = option(2, "passes over an epoch's rows (1 to 4)")
+    learning_rate: float = option(2e-3, "Adam's step size for the LoRA weights")
     warmup_updates: int = option(10, "optimiser steps over which the learning rate rises from 0: "
                                  "Adam's first steps have size lr in every weight")
     clip_range: float = option(1e-4, "PPO's clip range in nats per element for D = 16,384 latents, "
                                "1.6 nats per clip; scaled by 16384 / D for other sizes")
     advantage_clip: float = option(5.0, "advantages are clipped to +- this many standard deviations")
     kl_weight: float = option(0.0, "weight of the KL to the base model, per element (0 to 0.1)")
+    ema: float = option(0.9, "the judged and saved adapter averages the last epochs' weights with this "
+                        "decay per epoch; 0 = the last weights")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 = never")
     lora_rank: int = option(8, "rank of the adapter's weight updates (4 to 64)")
     micro_batch: int = option(64, "clips per network call: memory and speed, never the result")
@@ -307,7 +312,7 @@ RANGES = {"num_steps": (2, 1000), "eta": (1e-3, 1), "guidance_scale": (1, 50), "
           "train_steps": (0, 1000), "noise_until": (1e-3, 1), "epochs": (1, 10 ** 6), "prompts_per_epoch": (1, 10 ** 4),
           "clips_per_prompt": (2, 10 ** 4), "updates_per_epoch": (1, 1000), "passes": (1, 100),
           "learning_rate": (1e-9, 1), "warmup_updates": (0, 10 ** 6), "clip_range": (1e-9, 1),
-          "advantage_clip": (0.1, 1000), "kl_weight": (0, 1000), "max_grad_norm": (0, 10 ** 6),
+          "advantage_clip": (0.1, 1000), "ema": (0, 0.999), "kl_weight": (0, 1000), "max_grad_norm": (0, 10 ** 6),
           "lora_rank": (1, 1024), "micro_batch": (1, 10 ** 4), "eval_noises": (1, 1000),
           "judge_every": (0, 10 ** 6), "seed": (0, 2 ** 40)}
 REASONS = {"eta": "without noise a step has no probability",
@@ -1085,12 +1090,11 @@ def new_run_dir(cfg: Config) -> Path:
     return run
 
 
-def save_checkpoint(run: Path, unet, optimizer, epoch: int, updates: int, best: dict, metrics: list[dict]) -> None:
+def save_checkpoint(run: Path, unet, optimizer, **state) -> None:
     """checkpoint.pt and metrics.jsonl. No random state: every epoch's generator is made from its number."""
-    state = {"adapter": adapter_state(unet), "optimizer": optimizer.state_dict(), "epoch": epoch,
-             "updates": updates, "best": best, "metrics": metrics}
+    state = {"adapter": adapter_state(unet), "optimizer": optimizer.state_dict(), **state}
     write_atomically(run / "checkpoint.pt", lambda path: torch.save(state, path))
-    lines = "".join(json.dumps(row) + "\n" for row in metrics)
+    lines = "".join(json.dumps(row) + "\n" for row in state["metrics"])
     write_atomically(run / "metrics.jsonl", lambda path: path.write_text(lines))
 
 
@@ -1170,7 +1174,7 @@ def load_world(cfg: Config) -> SimpleNamespace:
 def train(world, run: Path, state: dict) -> dict:
     """The PPO loop, STEP 1 to 6, from `state["epoch"]` to the end. Returns the best adapter's record."""
     cfg, policy, optimizer = world.cfg, world.policy, world.optimizer
-    metrics, updates, best = state["metrics"], state["updates"], state["best"]
+    metrics, updates, best, average = (state[k] for k in ("metrics", "updates", "best", "average"))
     for epoch in range(state["epoch"], cfg.epochs):
         began = time.time()
         generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + epoch)
@@ -1182,16 +1186,19 @@ def train(world, run: Path, state: dict) -> dict:
         rows, row_advantages = drop_flat_groups(rows, advantages.to(policy.device))
         info = update(policy, optimizer, rows, row_advantages, cfg, updates, generator)      # STEP 5
         updates += info.pop("updates")
+        decay = min(cfg.ema, epoch / (epoch + 1))            # a plain mean at first
+        average = {k: v.lerp(average.get(k, v), decay) for k, v in adapter_state(policy.unet).items()}
         row = {"epoch": epoch + 1, "reward": rewards.mean().item(),                          # STEP 6
                "reward_spread": rewards.std(dim=1).mean().item(), **info,
                "lr": optimizer.param_groups[0]["lr"], "seconds": round(time.time() - began, 2)}
         if cfg.judge_every and ((epoch + 1) % cfg.judge_every == 0 or epoch + 1 == cfg.epochs):
-            row.update(ask_judge(world))
-            best = keep_best(best, row, adapter_state(policy.unet))
+            row.update(ask_judge(world, average))
+            best = keep_best(best, row, average)
         metrics.append(row)
         print_epoch(row, cfg)
-        save_checkpoint(run, policy.unet, optimizer, epoch + 1, updates, best, metrics)
-    return best
+        save_checkpoint(run, policy.unet, optimizer, epoch=epoch + 1, updates=updates, best=best,
+                        average=average, metrics=metrics)
+    return best or {"epoch": cfg.epochs, "adapter": average}
 
 
 def choose_prompts(world, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -1226,10 +1233,13 @@ def drop_flat_groups(rows: dict, advantages: Tensor) -> tuple[dict, Tensor]:
     return rows, advantages.flatten()[rows["clip"]]
 
 
-def ask_judge(world) -> dict:
-    """Judge and reward of plain DDIM clips of training prompts, from the same noise every time."""
-    clips = make_clips(world, world.policy, world.train_ids[:48], 1, seed=world.cfg.seed + 77)
-    metrics = per_prompt_metrics(clips)
+def ask_judge(world, adapter: dict) -> dict:
+    """Judge and reward of an adapter's plain DDIM clips of training prompts, always from the same noise."""
+    unet = world.policy.unet
+    current = adapter_state(unet)
+    load_adapter_state(unet, adapter)
+    metrics = per_prompt_metrics(make_clips(world, world.policy, world.train_ids[:48], 1, world.cfg.seed + 77))
+    load_adapter_state(unet, current)
     return {"judge_score": metrics["judge_score"].mean().item(), "monitor_reward": metrics["reward"].mean().item()}
 
 
@@ -1267,7 +1277,7 @@ def run(cfg: Config, resume: str) -> None:
     world = load_world(cfg)
     run_dir = Path(resume) if resume else new_run_dir(cfg)
     write_json(run_dir / "config.json", dataclasses.asdict(cfg))
-    state = {"epoch": 0, "updates": 0, "best": {}, "metrics": []}
+    state = {"epoch": 0, "updates": 0, "best": {}, "average": {}, "metrics": []}
     if resume and (run_dir / "checkpoint.pt").exists():
         state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
         load_adapter_state(world.policy.unet, state["adapter"])
@@ -1275,9 +1285,8 @@ def run(cfg: Config, resume: str) -> None:
         print(f"resuming after epoch {state['epoch']}")
     print_totals(world, run_dir)
     best = train(world, run_dir, state)
-    if best:
-        load_adapter_state(world.policy.unet, best["adapter"])
-        print(f"evaluating the adapter of epoch {best['epoch']}, which the judge likes best")
+    load_adapter_state(world.policy.unet, best["adapter"])
+    print(f"evaluating the adapter of epoch {best['epoch']}" + ", which the judge likes best" * bool(cfg.judge_every))
     tuned = make_clips(world, world.policy, world.held_out_ids, cfg.eval_noises, cfg.seed + 999, "tuned")
     with adapter_disabled(world.policy.unet):
         base = make_clips(world, world.policy, world.held_out_ids, cfg.eval_noises, cfg.seed + 999, "base")

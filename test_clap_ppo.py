@@ -52,10 +52,10 @@ TOY = Path(os.environ["CLAP_PPO_TOY"]) if "CLAP_PPO_TOY" in os.environ else None
 TOY_FLAGS = [] if TOY is None else [
     "--model", str(TOY / "pipeline"), "--clap", str(TOY / "clap.pt"), "--judge", str(TOY / "judge")]
 TINY = ["--prompts-per-epoch", "2", "--clips-per-prompt", "4", "--num-steps", "5", "--epochs", "3",
-        "--updates-per-epoch", "2", "--eval-noises", "2", "--micro-batch", "8", "--device", "cpu"]
+        "--updates-per-epoch", "2", "--passes", "1", "--noise-window", "2", "--noise-until", "1",
+        "--eval-noises", "2", "--micro-batch", "8", "--device", "cpu"]
 TRAIN_PROMPTS = ["birds chirp", "water flows", "snoring", "a dog is barking then talking"]
 HELD_OUT = ["a lion roaring", "wind blowing", "a man snores while leaves rustling"]
-NEW_RUN = {"epoch": 0, "updates": 0, "best": {}, "metrics": []}
 
 
 # =================================================================================================
@@ -118,6 +118,11 @@ def config(*flags: str) -> clap_ppo.Config:
 def roll(policy, cfg, starts=(1, 3), ids=(0, 1), seed=0):
     """A rollout of two groups whose noise windows begin at different steps."""
     return clap_ppo.rollout(policy, torch.tensor(ids), torch.tensor(starts), cfg, seeded(seed))
+
+
+def new_state() -> dict:
+    """What `train` starts from when there is no checkpoint."""
+    return {"epoch": 0, "updates": 0, "best": {}, "average": {}, "metrics": []}
 
 
 def moved(rows: dict, clip_count: int) -> torch.Tensor:
@@ -686,7 +691,7 @@ def test_a_reward_of_five_lines_takes_claps_place(prompt_file, tmp_path):
     mine = clap_ppo.load_world(config("--prompts", str(prompt_file), "--epochs", "1",
                                       "--judge-every", "0"))
     mine.reward = loudness
-    clap_ppo.train(mine, tmp_path, {**NEW_RUN, "metrics": []})
+    clap_ppo.train(mine, tmp_path, new_state())
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert row["reward"] == pytest.approx(asked[0].mean().item(), rel=1e-5)
 
@@ -865,7 +870,7 @@ def test_a_small_policy_learns_what_its_prompts_want(painter_world, tmp_path, fl
     """Through the whole loop, STEP 1 to 6. Nobody differentiates the reward: it is only asked."""
     world = painter_world("--epochs", "30", *flags)
     before = plain_reward(world)
-    clap_ppo.train(world, tmp_path, {**NEW_RUN, "metrics": []})
+    clap_ppo.train(world, tmp_path, new_state())
     assert plain_reward(world) > before + 0.5
 
 
@@ -874,7 +879,7 @@ def test_with_the_sign_of_the_advantage_flipped_it_unlearns(painter_world, tmp_p
     world, ours = painter_world("--epochs", "30"), clap_ppo.group_advantages
     monkeypatch.setattr(clap_ppo, "group_advantages", lambda *args: -ours(*args))
     before = plain_reward(world)
-    clap_ppo.train(world, tmp_path, {**NEW_RUN, "metrics": []})
+    clap_ppo.train(world, tmp_path, new_state())
     assert plain_reward(world) < before - 0.5
 
 
@@ -902,7 +907,7 @@ def test_every_row_carries_the_advantage_of_its_clip(painter_world, tmp_path, wa
     among the clips of its own prompt."""
     world = painter_world("--epochs", "2")
     rewards = watch_rewards(world)
-    clap_ppo.train(world, tmp_path, {**NEW_RUN, "metrics": []})
+    clap_ppo.train(world, tmp_path, new_state())
     for call, reward in zip(watched, rewards):
         expected = clap_ppo.group_advantages(reward.view(2, 8)).flatten()
         torch.testing.assert_close(call.advantages, expected[call.rows["clip"]])
@@ -915,7 +920,7 @@ def test_windows_fall_everywhere_in_their_part_of_the_path(
     """With 6 steps and a window of 2, windows begin at 0 to 3: the last step, 5, is never in one.
     --noise-until 0.5 keeps them within the first three steps."""
     world = painter_world("--epochs", "12", "--noise-until", until)
-    clap_ppo.train(world, tmp_path, {**NEW_RUN, "metrics": []})
+    clap_ppo.train(world, tmp_path, new_state())
     begins = set()
     for call in watched:
         for clip in range(16):
@@ -931,7 +936,7 @@ def test_every_epoch_has_its_own_noise_and_a_seed_fixes_it(painter_world, tmp_pa
     def first_epochs(count, *flags):
         watched.clear()
         world = painter_world("--epochs", str(count), *flags)
-        clap_ppo.train(world, tmp_path, {**NEW_RUN, "metrics": []})
+        clap_ppo.train(world, tmp_path, new_state())
         return [call.rows["latents"].sum().item() for call in watched]
 
     noises = first_epochs(6)
@@ -942,20 +947,42 @@ def test_every_epoch_has_its_own_noise_and_a_seed_fixes_it(painter_world, tmp_pa
     assert first_epochs(1, "--seed", "1")[0] not in noises
 
 
+@pytest.mark.parametrize("ema, shares", [
+    ("0", [0, 0, 0, 1]), ("0.5", [1 / 8, 1 / 8, 1 / 4, 1 / 2]), ("0.9", [1 / 4] * 4)])
+def test_the_saved_adapter_is_an_average_over_epochs(
+        painter_world, tmp_path, monkeypatch, ema, shares):
+    """--ema 0.5: the last epoch counts for half, the one before for a quarter. As long as there are
+    few epochs it is their plain mean, so that the untrained first weights do not linger."""
+    after, real = [], clap_ppo.update
+
+    def watch(policy, *args):
+        info = real(policy, *args)
+        after.append(clap_ppo.adapter_state(policy.unet))
+        return info
+
+    monkeypatch.setattr(clap_ppo, "update", watch)
+    kept = clap_ppo.train(painter_world("--epochs", "4", "--ema", ema), tmp_path, new_state())
+    for name, weight in kept["adapter"].items():
+        expected = sum(share * epoch[name] for share, epoch in zip(shares, after))
+        torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert all(torch.equal(saved["adapter"][k], v) for k, v in after[-1].items())
+
+
 def test_groups_whose_clips_score_alike_are_left_out(painter_world, tmp_path, watched):
     """"down" gives every clip the same reward here. Its rows would only dilute the gradient."""
     world = painter_world("--epochs", "1")
     real = world.reward
     world.reward = lambda w, rate, prompts: torch.where(
         torch.tensor([p == "up" for p in prompts]), real(w, rate, prompts), torch.tensor(0.25))
-    clap_ppo.train(world, tmp_path, {**NEW_RUN, "metrics": []})
+    clap_ppo.train(world, tmp_path, new_state())
     rows, advantages = watched[0].rows, watched[0].advantages
     assert rows["prompt_id"].tolist() == [0] * 16
     up = advantages[rows["step"] == rows["step"].min()]
     assert len(up) == 8 and up.mean().abs() < 1e-5 and up.std() > 0.5
     world.reward = lambda w, rate, prompts: torch.full((len(w),), 0.25)
     with pytest.raises(UserError, match="same reward"):
-        clap_ppo.train(world, tmp_path, {**NEW_RUN, "metrics": []})
+        clap_ppo.train(world, tmp_path, new_state())
 
 
 def test_a_reward_that_is_not_a_number_stops_the_run_and_names_the_prompt(painter_world, tmp_path):
@@ -964,13 +991,13 @@ def test_a_reward_that_is_not_a_number_stops_the_run_and_names_the_prompt(painte
     world.reward = lambda w, rate, prompts: torch.tensor(
         [math.nan if p == "down" else 1.0 for p in prompts])
     with pytest.raises(UserError, match="not finite.*'down'"):
-        clap_ppo.train(world, tmp_path, {**NEW_RUN, "metrics": []})
+        clap_ppo.train(world, tmp_path, new_state())
 
 
 def test_train_steps_draws_that_many_rows_of_every_clip(painter_world, tmp_path, watched):
     """--train-steps 2 of 5 noisy steps: two rows of each clip, other ones in other clips."""
     world = painter_world("--epochs", "1", "--noise-window", "all", "--train-steps", "2")
-    clap_ppo.train(world, tmp_path, {**NEW_RUN, "metrics": []})
+    clap_ppo.train(world, tmp_path, new_state())
     rows = watched[0].rows
     pairs = set(zip(rows["clip"].tolist(), rows["step"].tolist()))
     assert len(pairs) == len(rows["clip"]) == 32
@@ -1203,6 +1230,14 @@ def test_a_seed_makes_a_run_and_another_seed_another(run_flags, straight_run, tm
         run = tmp_path / str(seed)
         assert run_main(capsys, *run_flags, "--seed", seed, "--out", run)[0] == 0
         assert (results(run)[0] == straight_run[0]) is same
+
+
+def test_asking_the_judge_does_not_disturb_the_training(run_flags, straight_run, tmp_path, capsys):
+    """The judge hears the averaged adapter; then training goes on with the weights it had."""
+    run = tmp_path / "run"
+    assert run_main(capsys, *run_flags, "--judge-every", 0, "--out", run)[0] == 0
+    for alone, judged in zip(results(run)[1], straight_run[1]):
+        assert judged.items() > alone.items(), "the same figures, and the judge's"
 
 
 def test_a_file_is_the_old_one_or_the_new_one_never_half(tmp_path):

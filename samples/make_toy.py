@@ -1,6 +1,6 @@
 """Train the toy world of clap_ppo.py from seeds: a text-to-audio model, a reward and a judge.
 
-    python samples/make_toy.py                  # everything, in order (see MINUTES in the README)
+    python samples/make_toy.py                  # everything, in order: about 100 minutes of one core
     python samples/make_toy.py --stage unet     # one stage; its inputs must exist
     python samples/make_toy.py --fast --out DIR # tiny budgets, to check that all stages run
 
@@ -13,7 +13,7 @@ Everything is an instance of the class that the real models use, in the file for
     STAGE render     seeded procedural sounds with captions                         toy_sounds.py
     STAGE text       RoBERTa-type tokenizer, and a text encoder that learns to name a caption's events
     STAGE vae        AutoencoderKL: log-mel (1, 128, 64) <-> latents (8, 16, 8)
-    STAGE vocoder    SpeechT5HifiGan: log-mel -> waveform, trained on spectral losses (no GAN)
+    STAGE vocoder    SpeechT5HifiGan: log-mel -> waveform; starts as an oscillator bank, spectral losses
     STAGE unet       the diffusion model; 30 % of its captions are wrong, as captions on the web are,
                      so it learns to ignore part of its prompt: what PPO is there to mend
     STAGE clap       the reward model, contrastive, on true captions
@@ -29,7 +29,6 @@ import math
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -416,8 +415,9 @@ def unet_stage(args):
     # Three captions for each clip; about WRONG_CAPTIONS of the clips are mislabelled for good.
     rng = np.random.default_rng(4)
     told = [toy_sounds.mislabel(scene, rng, WRONG_CAPTIONS) for scene in scenes]
-    texts = torch.stack([embed_captions(tokenizer, encoder, [write_caption(s, rng) for s in told])
-                         for _ in range(3)])
+    if not (args.build / "unet.pt").exists():
+        texts = torch.stack([embed_captions(tokenizer, encoder, [write_caption(s, rng) for s in told])
+                             for _ in range(3)])
     empty = embed_captions(tokenizer, encoder, [""])
     abar = make_scheduler().alphas_cumprod
 

@@ -21,7 +21,7 @@ from scipy.signal import butter, lfilter, sosfilt
 from scipy.special import diric
 
 SAMPLE_RATE = 16000                # Hz
-CLIP_SAMPLES = 40960               # 2.56 s = 256 mel frames of 160 samples
+CLIP_SAMPLES = 40960               # 2.56 s = 128 mel frames of 320 samples
 PEAK = 0.95                        # no sample is louder than this
 EVENT_DBFS, EVENT_SPREAD_DB = -20.0, 2.0   # RMS of an event, +- a uniform spread
 NOISE_FLOOR_DBFS = -70.0           # white noise under every clip, so that log-mels stay finite
