@@ -423,6 +423,7 @@ def split_prompts(cfg: Config) -> tuple[list[str], list[str]]:
 
 
 def warn(message: str) -> None:
+    """One line on the error stream; the run goes on."""
     print(f"warning: {message}", file=sys.stderr)
 
 
@@ -472,6 +473,7 @@ def import_audio_packages() -> None:
 
 
 def first_line(error: Exception) -> str:
+    """The first line of a library's message, at most 200 characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -545,6 +547,7 @@ def adapter_state(unet) -> dict[str, Tensor]:
 
 
 def load_adapter_state(unet, state: dict[str, Tensor]) -> None:
+    """Put weights that `adapter_state` gave back into the U-Net."""
     from peft import set_peft_model_state_dict
     set_peft_model_state_dict(unet, state)
 
@@ -784,10 +787,10 @@ def load_clap(checkpoint: str, tokenizer, device="cpu") -> torch.nn.Module:
 def clap_text_embeds(clap, prompts: list[str]) -> Tensor:
     """Normalised text embeddings (N, E), computed once per prompt and kept."""
     cache = clap.__dict__.setdefault("text_cache", {})
-    new = [p for p in dict.fromkeys(prompts) if p not in cache]
-    if new:
-        tokens = clap.tokenizer(new, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
-        cache.update(zip(new, clap.get_text_embedding(dict(tokens))))
+    for prompt in (p for p in dict.fromkeys(prompts) if p not in cache):      # alone, so that the
+        tokens = clap.tokenizer([prompt], padding="max_length", truncation=True, max_length=77,   # company
+                                return_tensors="pt")                          # cannot change a bit
+        cache[prompt] = clap.get_text_embedding(dict(tokens))[0]
     return torch.stack([cache[p] for p in prompts])
 
 
@@ -1054,6 +1057,7 @@ def print_evaluation(result: dict) -> None:
 
 
 def format_interval(cell: dict | None) -> str:
+    """Value [low, high], or a dash."""
     return "-" if cell is None else f"{cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
 
 
@@ -1071,6 +1075,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_json(path: Path, value) -> None:
+    """`value` as JSON, written atomically."""
     write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
 
 
@@ -1138,6 +1143,7 @@ def save_curve(run: Path, metrics: list[dict]) -> None:
 # =================================================================================================
 
 def progress_bar(items, label: str):
+    """tqdm over items, on a terminal only, gone when done."""
     from tqdm import tqdm
     return tqdm(items, desc=label, leave=False, disable=not label or not sys.stderr.isatty())
 
@@ -1266,6 +1272,7 @@ def print_totals(world, run: Path) -> None:
 
 
 def print_epoch(row: dict, cfg: Config) -> None:
+    """One aligned line per epoch."""
     judge = f"  judge {row['judge_score']:.3f}" if "judge_score" in row else ""
     print(f"epoch {row['epoch']:>{len(str(cfg.epochs))}}/{cfg.epochs}  reward {row['reward']:.3f}  "
           f"spread {row['reward_spread']:.3f}  kl {row['approx_kl']:.1e}  clipped {row['clip_fraction']:.2f}  "
@@ -1302,6 +1309,7 @@ def run(cfg: Config, resume: str) -> None:
 
 
 def main(argv=None) -> int:
+    """Exit code: 0, or 2 after a UserError's one line."""
     try:
         run(*parse_args(argv))
         return 0
