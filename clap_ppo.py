@@ -1,8 +1,8 @@
-"""Fine-tune a text-to-audio diffusion model with PPO, so that what you hear matches what you asked for.
+"""Fine-tune a text-to-audio diffusion model with PPO, so that you hear what you asked for.
 
     python clap_ppo.py --prompts samples/prompts.txt                      # bundled toy model, CPU
     python clap_ppo.py --prompts prompts.txt --preset audioldm            # a real model, one GPU
-    python clap_ppo.py --resume runs/NAME                                 # go on where a run stopped
+    python clap_ppo.py --resume runs/NAME                                 # go on where it stopped
 
 A diffusion model turns noise x_T into a clip x_0 in T denoising steps. DDIM with noise makes each
 step a draw from a Gaussian, x_{t-1} ~ N(mean(x_t, prompt), sigma_t^2), so the sampler is a
@@ -21,8 +21,8 @@ Then base and tuned model make clips from the same noise, for prompts neither PP
 checkpoint has seen, and the judge says what was gained.
 
 Notation: latents = x_t (B, C, H, W), alpha_bar_t = the cumulative product of DDPM (DDIM's paper
-writes alpha_t), noise_pred = eps_theta, P prompts, K clips per prompt, B = P * K, T steps, R rows of
-the table, D = C * H * W latent elements.
+writes alpha_t), noise_pred = eps_theta, P prompts, K clips per prompt, B = P * K, T steps, R rows
+of the table, D = C * H * W latent elements.
 
 Where this differs from DDPO (Black et al. 2023), and why:
     1. The K clips of a prompt start from one noise x_T. The policy does not choose x_T, so its luck
@@ -61,27 +61,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HERE = Path(__file__).resolve().parent
-
-
-class UserError(ValueError):
-    """A mistake of the caller's or of the environment: printed as one line, exit code 2."""
-
-
-# =================================================================================================
-# 1. The policy: a denoising step is a Gaussian   (this section needs torch only: copy it)
-# =================================================================================================
+# ==== 1. The policy: a denoising step is a Gaussian (torch only: copy it) ========================
 
 class Schedule(NamedTuple):
-    """The T denoising steps of a DDIM schedule, first step (most noise) first.
-
-    timesteps (T,) int64; alpha_bar_t, alpha_bar_prev (T,) float32: signal power before and after.
-    """
-
+    """The T denoising steps, most noise first: timesteps (T,) int64; the signal power before and
+    after each step, alpha_bar_t and alpha_bar_prev (T,) float32."""
     timesteps: Tensor
     alpha_bar_t: Tensor
     alpha_bar_prev: Tensor
-
 
 def ddim_schedule(scheduler, num_steps: int, device="cpu") -> Schedule:
     """The schedule of a `diffusers.DDIMScheduler` with `num_steps` steps.
@@ -99,11 +86,10 @@ def ddim_schedule(scheduler, num_steps: int, device="cpu") -> Schedule:
     return Schedule(timesteps.to(device), alphas_cumprod[timesteps].to(device),
                     alpha_bar_prev.to(device))
 
-
 def ddim_sigma(alpha_bar_t: Tensor, alpha_bar_prev: Tensor, eta) -> Tensor:
-    """Standard deviation of the noise that a step adds (DDIM, Eq. 16); eta 0 gives 0, eta 1 DDPM's."""
-    return eta * ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)).sqrt()
-
+    """Standard deviation of the noise a step adds (DDIM, Eq. 16); eta 0 gives 0, eta 1 DDPM's."""
+    beta = (1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)
+    return eta * beta.sqrt()
 
 def ddim_mean(model_output: Tensor, latents: Tensor, alpha_bar_t: Tensor, alpha_bar_prev: Tensor,
               sigma: Tensor, prediction_type: str = "epsilon") -> Tensor:
@@ -131,10 +117,9 @@ def ddim_mean(model_output: Tensor, latents: Tensor, alpha_bar_t: Tensor, alpha_
         x0 = a_t.sqrt() * latents - (1 - a_t).sqrt() * model_output
         eps = a_t.sqrt() * model_output + (1 - a_t).sqrt() * latents
     else:
-        raise ValueError(f"prediction_type {prediction_type!r} is neither 'epsilon' nor 'v_prediction'")
+        raise ValueError(f"prediction_type {prediction_type!r}: not 'epsilon' or 'v_prediction'")
     # sqrt(abar_prev) x_0 + (the direction that points to x_t); the clamp guards rounding at eta 1
     return a_prev.sqrt() * x0 + (1 - a_prev - sigma ** 2).clamp(min=0).sqrt() * eps
-
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
     """Log-density of x under N(mean, sigma^2), in nats per latent element: the mean over elements.
@@ -157,10 +142,9 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
     log_prob = -((x - mean) ** 2) / (2 * sigma ** 2) - sigma.log() - 0.5 * math.log(2 * math.pi)
     return log_prob.flatten(1).mean(dim=1)
 
-
 def guided_prediction(unet, latents: Tensor, timesteps: Tensor, condition: dict, uncondition: dict,
                       guidance_scale: float) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022): uncond + scale * (cond - uncond), (B, C, H, W).
+    """Classifier-free guidance (Ho & Salimans 2022): uncond + scale * (cond - uncond).
 
     The guided prediction *is* the policy: what was sampled with guidance is replayed with it. At
     scale 1 the unconditional pass is skipped, here and in the replay, and a step costs half.
@@ -169,6 +153,7 @@ def guided_prediction(unet, latents: Tensor, timesteps: Tensor, condition: dict,
         unet: called as unet(latents, timesteps, **condition), returns an object with `.sample`.
         latents: (B, C, H, W) float32. timesteps: (B,) int64.
         condition, uncondition: keyword tensors with leading dimension B.
+    Returns: (B, C, H, W) float32.
     """
     if guidance_scale == 1:
         return unet(latents, timesteps, **condition).sample.float()
@@ -178,9 +163,7 @@ def guided_prediction(unet, latents: Tensor, timesteps: Tensor, condition: dict,
     return uncond + guidance_scale * (cond - uncond)
 
 
-# =================================================================================================
-# 2. Advantage and loss   (torch only: copy it)
-# =================================================================================================
+# ==== 2. Advantage and loss (torch only: copy it) ================================================
 
 def group_advantages(rewards: Tensor, clip: float = 5.0) -> Tensor:
     """Advantage of each clip among the clips of its prompt: (r - mean) / std, clipped to +-clip.
@@ -198,14 +181,14 @@ def group_advantages(rewards: Tensor, clip: float = 5.0) -> Tensor:
     Raises: ValueError for another shape, K < 2 or a reward that is not finite.
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"rewards must be (P, K) with K >= 2 clips per prompt, got {tuple(rewards.shape)}")
+        raise ValueError(f"rewards must be (P, K) with K >= 2, got {tuple(rewards.shape)}")
     rewards = rewards.float()
     if not rewards.isfinite().all():
         raise ValueError("a reward is not finite")
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     std = centred.square().mean(dim=1, keepdim=True).sqrt()
-    return torch.where(std > 1e-6, centred / std.clamp(min=1e-6), torch.zeros_like(centred)).clamp(-clip, clip)
-
+    advantages = torch.where(std > 1e-6, centred / std.clamp(min=1e-6), torch.zeros_like(centred))
+    return advantages.clamp(-clip, clip)
 
 def ppo_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float):
     """Clipped surrogate loss of PPO (Schulman et al. 2017, Eq. 7) and what to log about it.
@@ -225,72 +208,75 @@ def ppo_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_ra
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
     with torch.no_grad():
-        info = {"ratio": ratio.detach(), "approx_kl": (torch.expm1(log_ratio) - log_ratio).mean().item(),
+        info = {"ratio": ratio.detach(),
+                "approx_kl": (torch.expm1(log_ratio) - log_ratio).mean().item(),
                 "clip_fraction": ((ratio - 1).abs() > clip_range).float().mean().item()}
     return loss, info
 
-
 def gaussian_kl(mean: Tensor, mean_base: Tensor, sigma: Tensor) -> Tensor:
-    """KL between two Gaussians of equal sigma, ||mean - mean_base||^2 / (2 sigma^2), nats per element.
+    """KL of two Gaussians of equal sigma, ||mean - mean_base||^2 / (2 sigma^2), nats per element.
 
     Args: means (B, ...); sigma (B,). Returns: (B,).
     """
     return (mean - mean_base).square().flatten(1).mean(dim=1) / (2 * sigma ** 2)
 
 
-# =================================================================================================
-# 3. Configuration
-# =================================================================================================
+# ==== 3. Configuration ===========================================================================
 
-def option(default, help: str, choices=None):
-    """A config field that becomes a command-line flag with this help."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+HERE = Path(__file__).resolve().parent
 
+class UserError(ValueError):
+    """A mistake of the caller's or of the environment: printed as one line, exit code 2."""
+
+def option(default, help: str, *limits, choices=None):
+    """A config field that becomes a command-line flag; `limits`: smallest and largest value."""
+    return field(default=default, metadata={"help": help, "limits": limits, "choices": choices})
 
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run; flags are made from the fields. The defaults are the toy preset's."""
-
-    prompts: str = option("", "text file, one training prompt per line; blank lines and # are skipped")
-    eval_prompts: str = option("", "held-out prompts for evaluation (default: eval_prompts.txt beside "
-                               "--prompts if it exists, else every fourth training prompt is held out)")
-    preset: str = option("toy", "named set of defaults", ("toy", "audioldm"))
+    prompts: str = option("", "text file, one training prompt per line; # starts a comment line")
+    eval_prompts: str = option("", "held-out prompts (default: eval_prompts.txt beside --prompts "
+                               "if there is one, else every fourth training prompt)")
+    preset: str = option("toy", "named set of defaults", choices=("toy", "audioldm"))
     out: str = option("", "run directory, must not exist (default: runs/PRESET-1, -2, ...)")
-    model: str = option(str(HERE / "samples/toy/pipeline"), "AudioLDM pipeline: folder or hub id")
-    clap: str = option(str(HERE / "samples/toy/clap.pt"), "laion-clap checkpoint file: the reward")
-    judge: str = option(str(HERE / "samples/toy/judge"), "transformers ClapModel, folder or hub id: "
-                        "never trained against, only asked")
-    seconds: float = option(2.56, "length of a clip, seconds")
-    num_steps: int = option(10, "T, denoising steps per clip (10 to 50)")
-    guidance_scale: float = option(1.0, "classifier-free guidance; 1 = none, half the cost")
-    eta: float = option(1.0, "noise of a noisy step in units of DDPM's, in (0, 1]")
+    model: str = option("samples/toy/pipeline", "AudioLDM pipeline: folder or hub id")
+    clap: str = option("samples/toy/clap.pt", "the reward: a laion-clap checkpoint file")
+    judge: str = option("samples/toy/judge", "a transformers ClapModel that is only asked, never "
+                        "trained against: folder or hub id")
+    seconds: float = option(2.56, "length of a clip", 0.1, 60)
+    num_steps: int = option(10, "T, denoising steps per clip, usually 10 to 50", 2, 1000)
+    guidance_scale: float = option(1.0, "classifier-free guidance; 1 = none, half the cost", 1, 50)
+    eta: float = option(1.0, "noise of a noisy step in units of DDPM's; without noise a step has "
+                        "no probability", 1e-3, 1)
     noise_window: str = option("2", "number of consecutive noisy steps per clip, or 'all'")
-    noise_until: float = option(0.4, "noise windows lie within this first part of the steps, in (0, 1]")
+    noise_until: float = option(0.4, "the windows lie in this first part of the steps", 1e-3, 1)
     shared_noise: bool = option(True, "the clips of a prompt start from one noise x_T")
-    train_steps: int = option(0, "noisy steps of a clip that are trained, drawn at random; 0 = all")
-    epochs: int = option(40, "rounds of rollout and update")
-    prompts_per_epoch: int = option(8, "P, prompts per epoch")
-    clips_per_prompt: int = option(16, "K, clips per prompt: the group; below 8 learning dies (2 to 64)")
-    updates_per_epoch: int = option(4, "optimiser steps per pass over an epoch's rows (1 to 8)")
-    passes: int = option(2, "passes over an epoch's rows (1 to 4)")
-    learning_rate: float = option(2e-3, "Adam's step size for the LoRA weights")
+    train_steps: int = option(0, "noisy steps per clip that are trained, drawn at random; 0 = all",
+                              0, 1000)
+    epochs: int = option(40, "rounds of rollout and update", 1, 10 ** 6)
+    prompts_per_epoch: int = option(8, "P, prompts per epoch", 1, 10 ** 4)
+    clips_per_prompt: int = option(16, "K; a clip's advantage is relative to the other clips of "
+                                  "its prompt", 2, 1000)
+    updates_per_epoch: int = option(4, "optimiser steps per pass over an epoch's rows", 1, 1000)
+    passes: int = option(2, "passes over an epoch's rows, usually 1 to 4", 1, 100)
+    learning_rate: float = option(2e-3, "Adam's step size for the LoRA weights", 1e-9, 1)
     warmup_updates: int = option(10, "optimiser steps over which the learning rate rises from 0: "
-                                 "Adam's first steps have size lr in every weight")
-    clip_range: float = option(1e-4, "PPO's clip range in nats per element for D = 16,384 latents, "
-                               "1.6 nats per clip; scaled by 16384 / D for other sizes")
-    advantage_clip: float = option(5.0, "advantages are clipped to +- this many standard deviations")
-    kl_weight: float = option(0.0, "weight of the KL to the base model, per element (0 to 0.1)")
-    ema: float = option(0.9, "the judged and saved adapter averages the last epochs' weights with this "
-                        "decay per epoch; 0 = the last weights")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 = never")
-    lora_rank: int = option(8, "rank of the adapter's weight updates (4 to 64)")
-    micro_batch: int = option(64, "clips per network call: memory and speed, never the result")
-    eval_noises: int = option(4, "clips per held-out prompt, and the n of best-of-n")
-    judge_every: int = option(10, "epochs between questions to the judge; 0 = never")
+                                 "Adam's first steps have size lr in every weight", 0, 10 ** 6)
+    clip_range: float = option(1e-4, "PPO's clip range in nats per element for D = 16,384 latents: "
+                               "1.6 nats per clip; scaled by 16384 / D for others", 1e-9, 1)
+    kl_weight: float = option(0.0, "weight of the KL to the base model, per element", 0, 1000)
+    ema: float = option(0.9, "the judged and saved adapter averages the last epochs' weights with "
+                        "this decay per epoch; 0 = the last weights", 0, 0.999)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 = never", 0, 1e6)
+    lora_rank: int = option(8, "rank of the adapter's weight updates", 1, 1024)
+    micro_batch: int = option(64, "clips per network call: memory, never the result", 1, 10 ** 4)
+    eval_noises: int = option(4, "clips per held-out prompt, and the n of best-of-n", 1, 1000)
+    judge_every: int = option(10, "epochs between questions to the judge; 0 = never", 0, 10 ** 6)
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto = cuda if there is one")
     dtype: str = option("float32", "the U-Net's precision; the policy's maths is always float32",
-                        ("float32", "bfloat16", "float16"))
-    seed: int = option(0, "seed of everything random")
+                        choices=("float32", "bfloat16", "float16"))
+    seed: int = option(0, "seed of everything random", 0, 2 ** 40)
 
     @property
     def window(self) -> int:
@@ -305,59 +291,49 @@ class Config:
 PRESETS: dict[str, dict] = {      # named sets of defaults, nothing else; any flag overrides them
     "toy": {},
     "audioldm": dict(model="cvssp/audioldm-s-full-v2", clap="630k-audioset-best.pt",
-                     judge="laion/larger_clap_general", seconds=5.12, num_steps=20, guidance_scale=2.5,
-                     epochs=100, learning_rate=1e-4, micro_batch=8, dtype="bfloat16"),
+                     judge="laion/larger_clap_general", seconds=5.12, num_steps=20,
+                     guidance_scale=2.5, epochs=100, learning_rate=1e-4, micro_batch=8,
+                     dtype="bfloat16"),
 }
-RANGES = {"num_steps": (2, 1000), "eta": (1e-3, 1), "guidance_scale": (1, 50), "seconds": (0.1, 60),
-          "train_steps": (0, 1000), "noise_until": (1e-3, 1), "epochs": (1, 10 ** 6), "prompts_per_epoch": (1, 10 ** 4),
-          "clips_per_prompt": (2, 10 ** 4), "updates_per_epoch": (1, 1000), "passes": (1, 100),
-          "learning_rate": (1e-9, 1), "warmup_updates": (0, 10 ** 6), "clip_range": (1e-9, 1),
-          "advantage_clip": (0.1, 1000), "ema": (0, 0.999), "kl_weight": (0, 1000), "max_grad_norm": (0, 10 ** 6),
-          "lora_rank": (1, 1024), "micro_batch": (1, 10 ** 4), "eval_noises": (1, 1000),
-          "judge_every": (0, 10 ** 6), "seed": (0, 2 ** 40)}
-REASONS = {"eta": "without noise a step has no probability",
-           "clips_per_prompt": "a clip's advantage is relative to the other clips of its prompt"}
-
 
 def check_config(cfg: Config) -> Config:
     """The config itself; UserError with flag, value and remedy where a value cannot work."""
-    for name, (low, high) in RANGES.items():
-        if not low <= getattr(cfg, name) <= high:
-            reason = f"; {REASONS[name]}" if name in REASONS else ""
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: use {low} to {high}{reason}")
-    if cfg.noise_window != "all" and not (cfg.noise_window.isdigit() and 1 <= cfg.window < cfg.num_steps):
-        raise UserError(f"--noise-window {cfg.noise_window}: use 1 to {cfg.num_steps - 1} (one less than "
-                        "--num-steps, as the last step is never trained), or 'all'")
-    if cfg.train_steps > min(cfg.window, cfg.num_steps - 1):
-        raise UserError(f"--train-steps {cfg.train_steps}: use at most the noisy steps that can be trained, "
-                        f"{min(cfg.window, cfg.num_steps - 1)}, or 0 for all of them")
+    for f in dataclasses.fields(cfg):
+        value, limits = getattr(cfg, f.name), f.metadata["limits"]
+        if limits and not limits[0] <= value <= limits[1]:
+            raise UserError(f"--{f.name.replace('_', '-')} {value}: use {limits[0]} to {limits[1]} "
+                            f"({f.metadata['help']})")
+    window, trainable = cfg.noise_window, cfg.num_steps - 1      # the last step is never trained
+    if window != "all" and not (window.isdecimal() and 1 <= int(window) <= trainable):
+        raise UserError(f"--noise-window {window}: use 1 to {trainable}, which is --num-steps less "
+                        "the last step, or 'all'")
+    if cfg.train_steps > min(cfg.window, trainable):
+        raise UserError(f"--train-steps {cfg.train_steps}: use at most the noisy steps that can be "
+                        f"trained, {min(cfg.window, trainable)}, or 0 for all of them")
     return cfg
-
 
 def parse_args(argv=None) -> tuple[Config, str]:
     """Config of a command line, and the run directory to resume ("" for a new run)."""
     parser = argparse.ArgumentParser(
         prog="clap_ppo.py", description=__doc__.split("\n\n")[0],
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100, max_help_position=32))
-    parser.add_argument("--resume", default="", metavar="RUN",
-                        help="continue this run directory; only --epochs may be given beside it")
+    parser.add_argument("--resume", default="", metavar="RUN", help="continue this run directory; "
+                        "only --epochs may be given beside it")
     for f in dataclasses.fields(Config):
-        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
-        default = str(f.default).replace(str(HERE) + os.sep, "")
-        text += f" (default: {default})" if f.default != "" else ""
-        if f.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-        else:
-            parser.add_argument(flag, type=f.type, choices=f.metadata["choices"], default=None,
-                                metavar=None if f.metadata["choices"] else f.type.__name__.upper(), help=text)
+        text, limits, choices = (f.metadata[k] for k in ("help", "limits", "choices"))
+        if f.default != "":
+            text += f" (default: {f.default}" + (", {} to {})".format(*limits) if limits else ")")
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
+            type=f.type, choices=choices, metavar=None if choices else f.type.__name__.upper())
+        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=text, **kind)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     resume = given.pop("resume")
     if resume:
         return resume_config(Path(resume), given), resume
     if not given.get("prompts"):
-        raise UserError("--prompts FILE is missing: one prompt per line; samples/prompts.txt suits the toy model")
+        raise UserError("--prompts FILE is missing: one prompt per line; samples/prompts.txt suits "
+                        "the toy model")
     return check_config(Config(**{**PRESETS[given.get("preset", "toy")], **given})), ""
-
 
 def resume_config(run: Path, given: dict) -> Config:
     """Config of an earlier run, with more epochs if asked for."""
@@ -365,20 +341,30 @@ def resume_config(run: Path, given: dict) -> Config:
         cfg = Config(**json.loads((run / "config.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--resume {run}: not a run directory of this program ({error})") from None
-    others = sorted(set(given) - {"epochs"})
-    if others:
-        raise UserError(f"--{others[0].replace('_', '-')} cannot change in a resumed run: leave it out")
+    for name in sorted(set(given) - {"epochs"}):
+        raise UserError(f"--{name.replace('_', '-')} cannot change in a resumed run: leave it out")
     return check_config(dataclasses.replace(cfg, **given))
 
 
-# =================================================================================================
-# 4. Prompts
-# =================================================================================================
+# ==== 4. Prompts =================================================================================
 
-def read_prompts(path: str) -> list[str]:
-    """Prompts of a UTF-8 text file, one per line; blank lines and # comments skipped, repeats merged.
+def warn(message: str) -> None:
+    """One line on the error stream; the run goes on."""
+    print(f"warning: {message}", file=sys.stderr)
 
-    Raises: UserError naming file and line for a file that is missing, empty or not UTF-8 text.
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, at most 200 characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+def progress_bar(items, label: str):
+    """tqdm over items; on a terminal only, and gone when done."""
+    from tqdm import tqdm
+    return tqdm(items, desc=label, leave=False, disable=not sys.stderr.isatty())
+
+def read_prompts(path: str) -> dict[str, str]:
+    """{prompt: "file, line n"} of a UTF-8 file, one prompt per line; blank lines and # skipped.
+
+    Raises: UserError naming file and line if it is missing, not UTF-8 text, or has no prompt.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
@@ -386,50 +372,42 @@ def read_prompts(path: str) -> list[str]:
         raise UserError(f"prompt file {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         line = error.object[:error.start].count(b"\n") + 1
-        raise UserError(f"prompt file {path}, line {line}: not UTF-8 text; save it as UTF-8") from None
-    if "\0" in text:
-        line = text[:text.index("\0")].count("\n") + 1
-        raise UserError(f"prompt file {path}, line {line}: a NUL byte: this is a binary file, not prompts")
-    seen: dict[str, int] = {}
+        raise UserError(f"prompt file {path}, line {line}: not UTF-8 text; save it so") from None
+    found: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), start=1):
-        prompt = " ".join(line.split())
-        if not prompt or prompt.startswith("#"):
-            continue
-        if prompt in seen:
-            warn(f"{path}, line {number}: repeats line {seen[prompt]}, merged: {prompt!r}")
-        seen.setdefault(prompt, number)
-    if not seen:
+        prompt, here = " ".join(line.split()), f"{path}, line {number}"
+        if "\0" in prompt:
+            raise UserError(f"prompt file {here}: a NUL byte, so this is a binary file")
+        if prompt in found:
+            warn(f"{here}: the same prompt as in {found[prompt]}; they count as one")
+        elif prompt and not prompt.startswith("#"):
+            found[prompt] = here
+    if not found:
         raise UserError(f"prompt file {path}: no prompt in it; write one per line")
-    return list(seen)
+    return found
 
-
-def split_prompts(cfg: Config) -> tuple[list[str], list[str]]:
-    """Training and held-out prompts, without a prompt in common."""
-    train_prompts, beside = read_prompts(cfg.prompts), Path(cfg.prompts).with_name("eval_prompts.txt")
+def split_prompts(cfg: Config) -> tuple[dict[str, str], dict[str, str]]:
+    """Training and held-out prompts as `read_prompts` gives them, without a prompt in common."""
+    train, beside = read_prompts(cfg.prompts), Path(cfg.prompts).with_name("eval_prompts.txt")
     if cfg.eval_prompts or beside.exists():
         held_out = read_prompts(cfg.eval_prompts or str(beside))
-        common = sorted(set(train_prompts) & set(held_out))
-        if common:
-            raise UserError(f"{len(common)} held-out prompts are training prompts too, such as "
-                            f"{common[0]!r}: remove them from one of the files")
-    elif len(train_prompts) >= 8:
-        held_out = train_prompts[3::4]
-        train_prompts = [p for i, p in enumerate(train_prompts) if i % 4 != 3]
-        print(f"no --eval-prompts: every fourth prompt is held out ({len(held_out)} of them)")
-    else:
-        raise UserError(f"{len(train_prompts)} prompts in {cfg.prompts} are too few to hold some out: "
+        for prompt in (p for p in train if p in held_out):
+            raise UserError(f"{held_out[prompt]}: this held-out prompt is a training prompt too "
+                            f"({train[prompt]}); remove one of them")
+        return train, held_out
+    if len(train) < 8:
+        raise UserError(f"{cfg.prompts} has {len(train)} prompts, too few to hold some out: "
                         "give at least 8, or --eval-prompts FILE")
-    return train_prompts, held_out
+    held_out = dict(list(train.items())[3::4])
+    print(f"no --eval-prompts: every fourth prompt is held out ({len(held_out)} of them)")
+    return {p: line for p, line in train.items() if p not in held_out}, held_out
 
 
-def warn(message: str) -> None:
-    """One line on the error stream; the run goes on."""
-    print(f"warning: {message}", file=sys.stderr)
+# ==== 5. The model: a stock pipeline with a LoRA adapter =========================================
 
-
-# =================================================================================================
-# 5. The model: a stock pipeline with a LoRA adapter
-# =================================================================================================
+def bundled(path: str) -> str:
+    """`path`, or the file of that name beside this script if there is none below here."""
+    return str(HERE / path) if not Path(path).exists() and (HERE / path).exists() else path
 
 def load_pipeline(model: str, device: torch.device):
     """AudioLDMPipeline in float32 and eval mode, with a DDIM scheduler.
@@ -437,24 +415,22 @@ def load_pipeline(model: str, device: torch.device):
     Args: model: a folder written by `save_pretrained`, or a hub id (downloaded once, cached).
     Raises: UserError for a folder that is no pipeline, another kind of pipeline, or no network.
     """
-    folder = Path(model)
-    if folder.exists() and not (folder / "model_index.json").is_file():
-        raise UserError(f"--model {model}: no model_index.json in it, so it is not a diffusers pipeline folder")
-    import_audio_packages()
+    if Path(model).exists() and not Path(model, "model_index.json").is_file():
+        raise UserError(f"--model {model}: no model_index.json, so not a diffusers pipeline folder")
+    import_libraries()
     import diffusers
-    diffusers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()
     try:
         kind = diffusers.DiffusionPipeline.load_config(model)["_class_name"]
-        if kind == "AudioLDMPipeline":
-            pipeline = diffusers.AudioLDMPipeline.from_pretrained(model, dtype=torch.float32)
+        if kind != "AudioLDMPipeline":
+            raise UserError(f"--model {model}: a {kind}; only AudioLDMPipeline is supported")
+        pipeline = diffusers.AudioLDMPipeline.from_pretrained(model, dtype=torch.float32)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError) as error:
-        remedy = ("the folder is incomplete" if folder.exists() else
+        remedy = ("the folder is incomplete" if Path(model).exists() else
                   "no such folder, and the hub cannot be reached or does not know it; "
                   "the bundled model needs no network: --preset toy")
         raise UserError(f"--model {model}: {remedy} ({first_line(error)})") from None
-    if kind != "AudioLDMPipeline":
-        raise UserError(f"--model {model}: a {kind}; only AudioLDMPipeline is supported")
     if type(pipeline.scheduler).__name__ != "DDIMScheduler":
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
     for part in pipeline.components.values():
@@ -462,69 +438,64 @@ def load_pipeline(model: str, device: torch.device):
             part.to(device).eval().requires_grad_(False)
     return pipeline
 
-
-def import_audio_packages() -> None:
-    """Import torchaudio before the packages that import it in passing and hide why it failed."""
+def import_libraries() -> None:
+    """Import torchaudio before those that import it in passing and hide why it failed."""
     try:
         import torchaudio  # noqa: F401
     except Exception as error:
         raise UserError(f"torchaudio does not load ({first_line(error)}); "
                         "install the versions of requirements.txt together") from None
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's message, at most 200 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
+    import diffusers
+    import transformers
+    for library in (diffusers, transformers):                  # one line per epoch is output enough
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message="torch.meshgrid")             # laion_clap's HTSAT
 
 @torch.no_grad()
 def encode_prompts(pipeline, prompts: list[str]) -> dict[str, Tensor | None]:
-    """The U-Net's keyword arguments for N prompts: class_labels (N, E), normalised text embeddings.
+    """The U-Net's keyword arguments for N prompts: class_labels (N, E), normalised embeddings.
 
     The one function that knows how the model is conditioned: everything after it passes the
     dictionary on, row by row.
     """
-    tokens = pipeline.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt",
-                                max_length=pipeline.tokenizer.model_max_length).to(pipeline.unet.device)
-    embeds = pipeline.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).text_embeds
-    return {"class_labels": F.normalize(embeds, dim=-1), "encoder_hidden_states": None}
-
-
-def check_prompts(pipeline, model: str, prompts: list[str]) -> None:
-    """Warnings for prompts that the model cannot take in whole: too long, or words it never saw."""
     tokenizer = pipeline.tokenizer
-    limit = tokenizer.model_max_length
-    for prompt in prompts:
-        ids = tokenizer(prompt)["input_ids"]
+    tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt",
+                       max_length=tokenizer.model_max_length).to(pipeline.unet.device)
+    embeds = pipeline.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)
+    return {"class_labels": F.normalize(embeds.text_embeds, dim=-1), "encoder_hidden_states": None}
+
+def check_prompts(pipeline, model: str, prompts: dict[str, str]) -> None:
+    """Warnings for prompts that the model cannot take whole: too long, or words it never saw."""
+    tokenizer, file = pipeline.tokenizer, Path(model, "vocabulary.txt")
+    known = set(file.read_text().split()) if file.exists() else None
+    unknown = {}
+    for prompt, line in prompts.items():
+        ids, limit = tokenizer(prompt)["input_ids"], tokenizer.model_max_length
         if len(ids) > limit:
-            warn(f"a prompt of {len(ids)} tokens is cut to {limit}; lost: "
-                 f"{tokenizer.decode(ids[limit - 1:-1])!r} of {prompt!r}")
-    file = Path(model) / "vocabulary.txt"
-    if file.exists():
-        known = set(file.read_text().split())
-        words = {w for p in prompts for w in "".join(c if c.isalpha() else " " for c in p.lower()).split()}
-        if words - known:
-            warn(f"the bundled model never saw: {', '.join(sorted(words - known))}; "
-                 "for an open vocabulary use --preset audioldm")
+            warn(f"{line}: a prompt of {len(ids)} tokens is cut to {limit}; lost: "
+                 f"{tokenizer.decode(ids[limit - 1:-1])!r}")
+        words = "".join(c if c.isalpha() else " " for c in prompt.lower()).split()
+        unknown.update((w, line) for w in words if known and w not in known)
+    if unknown:
+        warn(f"the bundled model never saw these words: {', '.join(sorted(unknown))} "
+             f"({next(iter(unknown.values()))}); for an open vocabulary use --preset audioldm")
 
 
 # The attention, as everywhere; and the layers through which an AudioLDM U-Net hears its prompt: it
 # has no cross-attention to text, class_embedding feeds the time embedding of every ResNet block.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "time_emb_proj", "class_embedding"]
 
-
 def add_lora(unet, rank: int) -> list[torch.nn.Parameter]:
-    """Trainable float32 weights of a LoRA adapter (Hu et al. 2021) on the attention of a frozen U-Net.
+    """The trainable weights of a LoRA adapter (Hu et al. 2021) on a U-Net that is frozen itself.
 
-    Each attention matrix W becomes W + B A with B zero at first, so the policy starts at the base.
+    Each matrix W becomes W + B A with B zero at first, so the policy starts as the base model.
     """
     from peft import LoraConfig, inject_adapter_in_model
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS)
     unet.requires_grad_(False)
-    inject_adapter_in_model(config, unet)
-    unet.eval()
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS)
+    inject_adapter_in_model(config, unet).eval()
     return [p for p in unet.parameters() if p.requires_grad]
-
 
 @contextmanager
 def adapter_disabled(unet):
@@ -539,12 +510,10 @@ def adapter_disabled(unet):
         for layer in layers:
             layer.enable_adapters(True)
 
-
 def adapter_state(unet) -> dict[str, Tensor]:
     """The adapter's weights, on the CPU, under the names that diffusers and peft load."""
     from peft import get_peft_model_state_dict
-    return {k: v.detach().cpu().contiguous().clone() for k, v in get_peft_model_state_dict(unet).items()}
-
+    return {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(unet).items()}
 
 def load_adapter_state(unet, state: dict[str, Tensor]) -> None:
     """Put weights that `adapter_state` gave back into the U-Net."""
@@ -552,22 +521,11 @@ def load_adapter_state(unet, state: dict[str, Tensor]) -> None:
     set_peft_model_state_dict(unet, state)
 
 
-ADAPTER_FILE = "adapter.safetensors"
-ADAPTER_SNIPPET = """import torch
-from diffusers import AudioLDMPipeline
-pipe = AudioLDMPipeline.from_pretrained({model!r}, dtype=torch.float32)
-pipe.unet.load_lora_adapter({folder!r}, prefix=None, weight_name={file!r})
-audio = pipe(prompt, num_inference_steps={steps}, guidance_scale={guidance}, audio_length_in_s={seconds}).audios"""
-
-
-# =================================================================================================
-# 6. Rollouts
-# =================================================================================================
+# ==== 6. Rollouts ================================================================================
 
 @dataclass
 class Policy:
     """What turns noise into latents, and what a replay must share with the rollout."""
-
     unet: torch.nn.Module
     schedule: Schedule
     prediction_type: str
@@ -582,8 +540,8 @@ class Policy:
     def device(self) -> torch.device:
         return self.schedule.timesteps.device
 
-
-def step_gaussian(policy: Policy, latents: Tensor, steps: Tensor, prompt_ids: Tensor, eta) -> tuple[Tensor, Tensor]:
+def step_gaussian(policy: Policy, latents: Tensor, steps: Tensor, prompt_ids: Tensor,
+                  eta) -> tuple[Tensor, Tensor]:
     """Mean (B, C, H, W) and sigma (B,) of x_{t-1}, for rows at steps (B,) of their schedules.
 
     Args: latents (B, C, H, W); steps, prompt_ids (B,) int64; eta (B,) or a number.
@@ -595,13 +553,13 @@ def step_gaussian(policy: Policy, latents: Tensor, steps: Tensor, prompt_ids: Te
     with torch.autocast(policy.device.type, policy.dtype, enabled=policy.dtype != torch.float32):
         output = guided_prediction(policy.unet, latents, schedule.timesteps[steps], condition,
                                    uncondition, policy.guidance_scale)
-    alpha_bar_t, alpha_bar_prev = schedule.alpha_bar_t[steps], schedule.alpha_bar_prev[steps]
-    sigma = ddim_sigma(alpha_bar_t, alpha_bar_prev, eta)
-    return ddim_mean(output, latents, alpha_bar_t, alpha_bar_prev, sigma, policy.prediction_type), sigma
-
+    alpha_bars = schedule.alpha_bar_t[steps], schedule.alpha_bar_prev[steps]
+    sigma = ddim_sigma(*alpha_bars, eta)
+    return ddim_mean(output, latents, *alpha_bars, sigma, policy.prediction_type), sigma
 
 @torch.no_grad()
-def denoise(policy: Policy, latents: Tensor, step: int, prompt_ids: Tensor, eta) -> tuple[Tensor, Tensor]:
+def denoise(policy: Policy, latents: Tensor, step: int, prompt_ids: Tensor,
+            eta) -> tuple[Tensor, Tensor]:
     """`step_gaussian` of one step for any number of rows, micro-batch by micro-batch."""
     steps = torch.full((len(latents),), step, device=latents.device)
     eta = torch.as_tensor(eta, dtype=torch.float32, device=latents.device).expand(len(latents))
@@ -609,25 +567,12 @@ def denoise(policy: Policy, latents: Tensor, step: int, prompt_ids: Tensor, eta)
              zip(*(x.split(policy.micro_batch) for x in (latents, steps, prompt_ids, eta)))]
     return torch.cat([mean for mean, _ in parts]), torch.cat([sigma for _, sigma in parts])
 
-
 def randn(policy: Policy, rows: int, generator: torch.Generator) -> Tensor:
     """Noise (rows, C, H, W), drawn on the CPU so that a seed means the same on every device."""
     return torch.randn(rows, *policy.latent_shape, generator=generator).to(policy.device)
 
-
-class Rollout(NamedTuple):
-    """Clips of one epoch and the table of their noisy steps.
-
-    latents (B, C, H, W): the finished clips, group after group. rows: tensors with leading
-    dimension R: latents x_t, next_latents x_{t-1}, log_prob, step, clip (0 .. B-1), prompt_id.
-    """
-
-    latents: Tensor
-    rows: dict[str, Tensor]
-
-
-def rollout(policy: Policy, prompt_ids: Tensor, starts: Tensor, cfg: Config, generator: torch.Generator,
-            progress=None) -> Rollout:
+def rollout(policy: Policy, prompt_ids: Tensor, starts: Tensor, cfg: Config,
+            generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
     """K clips for each of P prompts, noisy in the steps [start, start + window) of their group.
 
     The trunk: up to a group's window the path is plain DDIM from the group's one starting noise,
@@ -635,54 +580,61 @@ def rollout(policy: Policy, prompt_ids: Tensor, starts: Tensor, cfg: Config, gen
     draws its own noise. Without shared noise every clip has its own trunk.
 
     Args: prompt_ids, starts (P,) int64 on the policy's device.
+    Returns: finished latents (B, C, H, W), group after group; and the table of noisy steps, tensors
+        with leading dimension R: latents x_t, next_latents x_{t-1}, log_prob, step, clip (its row
+        in the finished latents), prompt_id.
     """
-    progress = progress or (lambda rows: None)
-    clips = cfg.clips_per_prompt
-    per_trunk = clips if cfg.shared_noise else 1
-    trunk_ids, trunk_starts = (x.repeat_interleave(clips // per_trunk) for x in (prompt_ids, starts))
-    latents = randn(policy, len(trunk_ids), generator)
-    last = cfg.num_steps - 1
-    for step in range(int(starts.max())):                                    # the trunk
-        at = (trunk_starts > step).nonzero().flatten()
-        latents[at], _ = denoise(policy, latents[at], step, trunk_ids[at], eta=0.0)
-    latents, ids, starts = (x.repeat_interleave(per_trunk, dim=0)
-                            for x in (latents, trunk_ids, trunk_starts))
+    per_trunk = cfg.clips_per_prompt if cfg.shared_noise else 1
+    ids, starts = (x.repeat_interleave(cfg.clips_per_prompt // per_trunk)
+                   for x in (prompt_ids, starts))
+    latents = randn(policy, len(ids), generator)
+    for step in range(int(starts.max())):                                           # the trunk
+        at = (starts > step).nonzero().flatten()
+        latents[at], _ = denoise(policy, latents[at], step, ids[at], eta=0.0)
+    latents, ids, starts = (x.repeat_interleave(per_trunk, dim=0) for x in (latents, ids, starts))
     table = []
-    for step in range(cfg.num_steps):                                        # the branches
+    for step in progress_bar(range(int(starts.min()), cfg.num_steps), "roll out"):  # the branches
         at = (starts <= step).nonzero().flatten()
-        if len(at) == 0:
-            continue
         noisy = step < starts[at] + cfg.window
         mean, sigma = denoise(policy, latents[at], step, ids[at], eta=cfg.eta * noisy)
-        following = mean.clone()
-        noise = randn(policy, int(noisy.sum()), generator)
-        following[noisy] += sigma[noisy].reshape(-1, 1, 1, 1) * noise
-        if step < last and noisy.any():          # the last step is sampled, not trained
-            table.append({
-                "latents": latents[at[noisy]], "next_latents": following[noisy],
-                "log_prob": gaussian_log_prob(following[noisy], mean[noisy], sigma[noisy]),
-                "step": torch.full((len(noise),), step, device=policy.device),
-                "clip": at[noisy], "prompt_id": ids[at[noisy]]})
-        latents[at] = following
-        progress(len(at))
-    return Rollout(latents, {key: torch.cat([part[key] for part in table]) for key in table[0]})
+        latents_t, latents[at] = latents[at], mean
+        at, mean, sigma = at[noisy], mean[noisy], sigma[noisy]
+        noise = randn(policy, len(at), generator)
+        latents[at] = mean + sigma.reshape(-1, 1, 1, 1) * noise
+        if step < cfg.num_steps - 1 and len(at):         # the last step is sampled, not trained
+            table.append({"latents": latents_t[noisy], "next_latents": latents[at],
+                          "log_prob": gaussian_log_prob(latents[at], mean, sigma),
+                          "step": torch.full_like(at, step), "clip": at, "prompt_id": ids[at]})
+    return latents, {key: torch.cat([part[key] for part in table]) for key in table[0]}
 
+def training_rows(rows: dict, advantages: Tensor, train_steps: int,
+                  generator: torch.Generator) -> dict:
+    """The rows to learn from, each with its clip's "advantage".
 
-def choose_rows(rows: dict, train_steps: int, clips: int, generator: torch.Generator) -> dict:
-    """`train_steps` rows of each of the `clips` clips, drawn at random; 0 keeps all rows."""
-    order = (rows["clip"].cpu() + torch.rand(len(rows["clip"]), generator=generator)).argsort()
-    keep = order.view(clips, -1)[:, :train_steps or None].flatten().to(rows["clip"].device)
-    return {key: value[keep] for key, value in rows.items()}
+    Of each clip `train_steps` rows, drawn at random (0: all of them), without the groups in which
+    every clip got the same reward.
 
+    Args: rows: the table of `rollout`; advantages (P, K).
+    Raises: UserError if no row is left.
+    """
+    clip = rows["clip"].cpu()
+    order = (clip + torch.rand(len(clip), generator=generator)).argsort()      # clip after clip
+    keep = order.view(advantages.numel(), -1)[:, :train_steps or None].flatten()
+    teaches = (advantages != 0).any(dim=1).repeat_interleave(advantages.shape[1]).cpu()
+    keep = keep[teaches[clip[keep]]].to(rows["clip"].device)
+    if len(keep) == 0:
+        raise UserError("within every prompt all clips have the same reward: nothing to learn from;"
+                        " use more --clips-per-prompt, a larger --noise-window or another reward")
+    rows = {key: value[keep] for key, value in rows.items()}
+    return {**rows, "advantage": advantages.to(keep.device).flatten()[rows["clip"]]}
 
 @torch.no_grad()
 def sample(policy: Policy, prompt_ids: Tensor, noise: Tensor) -> Tensor:
-    """Latents (B, C, H, W) of plain, deterministic DDIM from given noise: how clips are evaluated."""
+    """Latents (B, C, H, W) of plain, deterministic DDIM from given noise: how we evaluate."""
     latents = noise
     for step in range(len(policy.schedule.timesteps)):
         latents, _ = denoise(policy, latents, step, prompt_ids, eta=0.0)
     return latents
-
 
 @torch.no_grad()
 def decode(pipeline, latents: Tensor, seconds: float) -> Tensor:
@@ -693,15 +645,18 @@ def decode(pipeline, latents: Tensor, seconds: float) -> Tensor:
     """
     samples = round(seconds * pipeline.vocoder.config.sampling_rate)
     parts = []
-    for chunk in latents.split(4):
+    for chunk in progress_bar(latents.split(4), "decode"):
         mel = pipeline.vae.decode(chunk / pipeline.vae.config.scaling_factor).sample
         parts.append(pipeline.mel_spectrogram_to_waveform(mel)[:, :samples].clamp(-1, 1))
     return torch.cat(parts)
 
 
-# =================================================================================================
-# 7. The reward: CLAP, made dependable
-# =================================================================================================
+# ==== 7. The reward: CLAP, made dependable =======================================================
+
+def package_folder() -> Path:
+    """Where laion_clap is installed; found without importing it, which would fetch tokenizers."""
+    from importlib.util import find_spec
+    return Path(find_spec("laion_clap").submodule_search_locations[0])
 
 def build_clap(sizes: dict) -> torch.nn.Module:
     """laion_clap's own CLAP module with random weights, built without any download.
@@ -713,31 +668,29 @@ def build_clap(sizes: dict) -> torch.nn.Module:
     Args: sizes: a laion_clap model configuration (its model_configs/*.json); for other sizes than
         the published ones, with "htsat" and "roberta": keyword arguments of these two towers.
     """
-    from importlib.util import find_spec
     from unittest import mock
+    import_libraries()
     from transformers import RobertaConfig, RobertaModel
-    import_audio_packages()
-    folder = find_spec("laion_clap").submodule_search_locations[0]
-    if folder not in sys.path:
-        sys.path.append(folder)
+    if str(package_folder()) not in sys.path:
+        sys.path.append(str(package_folder()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from clap_module import htsat, model as clap_model
-    roberta = RobertaConfig(**sizes.get("roberta", dict(vocab_size=50265, max_position_embeddings=514,
-                                                        type_vocab_size=1, layer_norm_eps=1e-5)))
+    published = dict(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1,
+                     layer_norm_eps=1e-5)
+    roberta = RobertaConfig(**sizes.get("roberta", published))
     stand_in = SimpleNamespace(from_pretrained=lambda name: RobertaModel(roberta))
     make_htsat = clap_model.create_htsat_model
     if "htsat" in sizes:
-        make_htsat = lambda audio_cfg, *_: htsat.HTSAT_Swin_Transformer(config=audio_cfg, **sizes["htsat"])
+        make_htsat = lambda audio, *_: htsat.HTSAT_Swin_Transformer(config=audio, **sizes["htsat"])
     with (mock.patch.object(clap_model, "RobertaModel", stand_in),
           mock.patch.object(clap_model, "create_htsat_model", make_htsat)):
         clap = clap_model.CLAP(sizes["embed_dim"], sizes["audio_cfg"],
                                {**sizes["text_cfg"], "model_type": "roberta"},
                                joint_embed_shape=sizes.get("joint_embed_shape", 512))
-    if roberta.hidden_size != 768:               # the class knows RoBERTa's width only as a literal
+    if roberta.hidden_size != 768:             # the class knows RoBERTa's width only as a literal
         clap.text_projection[0] = torch.nn.Linear(roberta.hidden_size, clap.joint_embed_shape)
     return clap.eval().requires_grad_(False)
-
 
 def load_clap(checkpoint: str, tokenizer, device="cpu") -> torch.nn.Module:
     """laion_clap's CLAP with the weights of a checkpoint, and `tokenizer` attached as .tokenizer.
@@ -748,54 +701,58 @@ def load_clap(checkpoint: str, tokenizer, device="cpu") -> torch.nn.Module:
     Raises: UserError if the file is missing, holds more than weights, lacks a weight or has one too
         many, or if the tokenizer tells two prompts apart no better than an empty one would.
     """
-    from importlib.util import find_spec
     import numpy as np
     path = Path(checkpoint)
     if not path.is_file():
         raise UserError(f"--clap {checkpoint}: no such file; official checkpoints such as "
                         "630k-audioset-best.pt are at huggingface.co/lukewys/laion_clap")
-    config = path.with_suffix(".json")
-    if not config.exists():
+    sizes = path.with_suffix(".json")
+    if not sizes.exists():
         name = "HTSAT-base.json" if path.name.startswith("music") else "HTSAT-tiny.json"
-        config = Path(find_spec("laion_clap").submodule_search_locations[0], "clap_module/model_configs", name)
-    clap = build_clap(json.loads(config.read_text()))
+        sizes = package_folder() / "clap_module/model_configs" / name
+    clap = build_clap(json.loads(sizes.read_text()))
     # The official files hold these besides weights; whatever else a file wants to make is refused.
     allowed = [np.core.multiarray.scalar, np.dtype, np.dtypes.Float64DType, argparse.Namespace]
     try:
         with torch.serialization.safe_globals(allowed):
             state = torch.load(path, map_location="cpu", weights_only=True)
         state = {k.removeprefix("module."): v for k, v in state.get("state_dict", state).items()}
-    except Exception as error:
-        raise UserError(f"--clap {checkpoint}: not a checkpoint of weights ({first_line(error)})") from None
-    state.pop("text_branch.embeddings.position_ids", None)      # a constant that old versions saved
-    wrong = [f"{k} has another size" for k, v in clap.state_dict().items()
-             if k in state and state[k].shape != v.shape]
-    missing = [f"{k} is missing" for k in clap.state_dict() if k not in state]
-    extra = [f"{k} is unknown" for k in state if k not in clap.state_dict()]
-    if wrong or missing or extra:
-        raise UserError(f"--clap {checkpoint}: does not fit {config.name}: {(missing + extra + wrong)[0]}"
-                        f" and {len(wrong + missing + extra) - 1} more")
+    except Exception:
+        raise UserError(f"--clap {path}: not a checkpoint of weights; it is damaged, or holds more "
+                        "than weights, which is refused because it could run code") from None
+    state.pop("text_branch.embeddings.position_ids", None)     # a constant that old versions saved
+    wanted = clap.state_dict()
+    wrong = [f"{k} is missing" for k in wanted if k not in state]
+    wrong += [f"{k} is unknown" for k in state if k not in wanted]
+    wrong += [f"{k} has another size" for k in wanted
+              if k in state and state[k].shape != wanted[k].shape]
+    if wrong:
+        raise UserError(f"--clap {path}: does not fit {sizes.name}: {wrong[0]} and "
+                        f"{len(wrong) - 1} more")
     clap.load_state_dict(state)
     clap.to(device).tokenizer = tokenizer
     probe = clap_text_embeds(clap, ["a dog barking", "wind blowing"])
     if (probe[0] - probe[1]).abs().max() < 1e-4:
-        raise UserError("the tokenizer maps different prompts to the same tokens: its vocabulary did not load")
+        raise UserError("the tokenizer maps different prompts to the same tokens: its vocabulary "
+                        "did not load")
     return clap
-
 
 @torch.no_grad()
 def clap_text_embeds(clap, prompts: list[str]) -> Tensor:
-    """Normalised text embeddings (N, E), computed once per prompt and kept."""
-    cache = clap.__dict__.setdefault("text_cache", {})
-    for prompt in (p for p in dict.fromkeys(prompts) if p not in cache):      # alone, so that the
-        tokens = clap.tokenizer([prompt], padding="max_length", truncation=True, max_length=77,   # company
-                                return_tensors="pt")                          # cannot change a bit
-        cache[prompt] = clap.get_text_embedding(dict(tokens))[0]
-    return torch.stack([cache[p] for p in prompts])
+    """Normalised text embeddings (N, E), computed once per prompt and kept.
 
+    One at a time: in a batch, the other prompts would change the last bits.
+    """
+    cache = clap.__dict__.setdefault("text_cache", {})
+    for prompt in prompts:
+        if prompt not in cache:
+            tokens = clap.tokenizer([prompt], padding="max_length", truncation=True, max_length=77,
+                                    return_tensors="pt")
+            cache[prompt] = clap.get_text_embedding(dict(tokens))[0]
+    return torch.stack([cache[prompt] for prompt in prompts])
 
 def fit_length(waveforms: Tensor, samples: int) -> Tensor:
-    """Waveforms (N, samples): longer ones keep their beginning, shorter ones repeat whole, then zeros.
+    """Waveforms (N, samples): longer ones keep their beginning, shorter ones repeat, then zeros.
 
     CLAP was trained on such "repeatpad" clips. The package crops long clips at random, which makes
     a reward that differs from call to call; the beginning is as good and always the same.
@@ -804,49 +761,45 @@ def fit_length(waveforms: Tensor, samples: int) -> Tensor:
     waveforms = waveforms.repeat(1, repeats)[:, :samples]
     return F.pad(waveforms, (0, samples - waveforms.shape[1]))
 
-
 @torch.no_grad()
 def clap_audio_embeds(clap, waveforms: Tensor, sample_rate: int) -> Tensor:
-    """Normalised audio embeddings (N, E) of waveforms (N, samples), float in [-1, 1] at sample_rate Hz.
+    """Normalised audio embeddings (N, E) of waveforms (N, samples) in [-1, 1] at sample_rate Hz.
 
     Raises: ValueError for another shape, or a sample rate that no audio has: CLAP fed with audio
         at the wrong rate answers without complaint, and wrongly.
     """
     import torchaudio
     if waveforms.dim() != 2 or not waveforms.is_floating_point():
-        raise ValueError(f"waveforms must be float (N, samples), got {waveforms.dtype} {tuple(waveforms.shape)}")
+        raise ValueError(f"waveforms must be float (N, samples), got {waveforms.dtype} "
+                         f"{tuple(waveforms.shape)}")
     if not isinstance(sample_rate, int) or not 8000 <= sample_rate <= 192000:
         raise ValueError(f"sample_rate {sample_rate!r} is not in Hz between 8000 and 192000")
     cfg = clap.audio_cfg
     waveforms = waveforms.float().clamp(-1, 1).to(clap.logit_scale_a.device)
     waveforms = torchaudio.functional.resample(waveforms, sample_rate, cfg.sample_rate)
     waveforms = fit_length(waveforms, cfg.clip_samples)
-    embeds = [clap.audio_projection(clap.encode_audio({"waveform": chunk}, chunk.device)["embedding"])
-              for chunk in waveforms.split(32)]
+    embeds = [clap.audio_projection(clap.encode_audio({"waveform": x}, x.device)["embedding"])
+              for x in progress_bar(waveforms.split(32), "CLAP")]
     return F.normalize(torch.cat(embeds), dim=-1)
-
 
 def clap_reward(clap, waveforms: Tensor, sample_rate: int, prompts: list[str]) -> Tensor:
     """Cosine similarity in [-1, 1] of each waveform and its prompt under CLAP, (N,) on the CPU.
 
     Any function (waveforms (N, samples), sample_rate, prompts) -> (N,) can take its place.
     """
-    audio, text = clap_audio_embeds(clap, waveforms, sample_rate), clap_text_embeds(clap, prompts)
-    return (audio * text).sum(dim=1).cpu()
+    audio = clap_audio_embeds(clap, waveforms, sample_rate)
+    return (audio * clap_text_embeds(clap, prompts)).sum(dim=1).cpu()
 
 
-# =================================================================================================
-# 8. PPO update
-# =================================================================================================
-
-def replay(policy: Policy, rows: dict, at: Tensor, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob (b,), mean and sigma of the recorded actions of rows `at`, under today's weights."""
-    mean, sigma = step_gaussian(policy, rows["latents"][at], rows["step"][at], rows["prompt_id"][at], cfg.eta)
-    return gaussian_log_prob(rows["next_latents"][at], mean, sigma), mean, sigma
-
+# ==== 8. PPO update ==============================================================================
 
 RATIO_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-4, torch.float16: 2e-5}
 
+def replay(policy: Policy, rows: dict, at: Tensor, cfg: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob (b,), mean and sigma of the recorded actions of rows `at`, under today's weights."""
+    mean, sigma = step_gaussian(policy, rows["latents"][at], rows["step"][at],
+                                rows["prompt_id"][at], cfg.eta)
+    return gaussian_log_prob(rows["next_latents"][at], mean, sigma), mean, sigma
 
 def check_on_policy(policy: Policy, rows: dict, at: Tensor, ratio: Tensor, cfg: Config) -> float:
     """Largest |ratio - 1| before the first update of an epoch: the cheapest bug detector there is.
@@ -856,69 +809,69 @@ def check_on_policy(policy: Policy, rows: dict, at: Tensor, ratio: Tensor, cfg: 
 
     Raises: UserError that names the cause it found by trying the likely ones.
     """
-    error = (ratio - 1).abs().max().item()
-    tolerance = RATIO_TOLERANCE[policy.dtype]
+    error, tolerance = (ratio - 1).abs().max().item(), RATIO_TOLERANCE[policy.dtype]
     if error <= tolerance:
         return error
-    cause = "cause unknown: compare the rollout's and the replay's inputs row by row"
-    if any(m.training for m in policy.unet.modules()):
+    cause = "cause unknown: compare the inputs of rollout and replay row by row"
+    swapped = dataclasses.replace(policy, guidance_scale=1 - policy.guidance_scale)
+    trials = {"the conditional and unconditional halves are swapped": (swapped, rows)}
+    for shift in (-1, 1):
+        steps = (rows["step"] + shift).clamp(0, cfg.num_steps - 2)
+        trials[f"the rows' timesteps are {-shift:+d} steps off"] = policy, {**rows, "step": steps}
+    for name, (tried_policy, tried_rows) in trials.items():
+        with torch.no_grad():
+            log_prob, _, _ = replay(tried_policy, tried_rows, at, cfg)
+        if ((log_prob - rows["log_prob"][at]).exp() - 1).abs().max() <= tolerance:
+            cause = name
+    if any(module.training for module in policy.unet.modules()):
         cause = "the U-Net is in training mode, so dropout is on: call unet.eval()"
-    else:
-        swapped = dataclasses.replace(policy, guidance_scale=1 - policy.guidance_scale)
-        shifted = [(f"rows carry another timestep: they fit {-d:+d} steps away", policy,
-                    {**rows, "step": (rows["step"] + d).clamp(0, cfg.num_steps - 2)}) for d in (-1, 1)]
-        for name, tried, table in [("the conditional and unconditional halves are swapped", swapped, rows)] + shifted:
-            with torch.no_grad():
-                log_prob, _, _ = replay(tried, table, at, cfg)
-            if ((log_prob - rows["log_prob"][at]).exp() - 1).abs().max() <= tolerance:
-                cause = name
     raise UserError(f"on-policy check: the ratio before the first update is off 1 by {error:.1e}, "
                     f"more than {tolerance:.0e} for {policy.dtype}: {cause}")
 
-
-def update(policy: Policy, optimizer, rows: dict, advantages: Tensor, cfg: Config, done: int,
+def update(policy: Policy, optimizer, rows: dict, cfg: Config, done: int,
            generator: torch.Generator) -> dict:
     """Clipped PPO on a shuffled table of rows; STEP 5.
 
-    Args: rows: R rows of `Rollout.rows`; advantages (R,); done: optimiser steps made before.
-    Returns: means over the rows to log, and "updates", the optimiser steps made.
+    Args: rows: R rows of `training_rows`; done: optimiser steps made before.
+    Returns: means over the rows to log, and "updates", the optimiser steps made until now.
     """
     clip_range = cfg.clip_range * 16384 / math.prod(policy.latent_shape)
-    weights = optimizer.param_groups[0]["params"]
-    total = {"loss": 0.0, "approx_kl": 0.0, "clip_fraction": 0.0, "kl_base": 0.0, "grad_norm": 0.0}
-    updates, ratio_error = 0, None
+    weights, count = optimizer.param_groups[0]["params"], len(rows["clip"])
+    log = dict.fromkeys(["loss", "approx_kl", "clip_fraction", "kl_base", "grad_norm"], 0.0)
     for _ in range(cfg.passes):
-        order = torch.randperm(len(advantages), generator=generator).to(policy.device)
-        for minibatch in order.chunk(cfg.updates_per_epoch):
+        order = torch.randperm(count, generator=generator).to(policy.device)
+        for minibatch in progress_bar(order.chunk(cfg.updates_per_epoch), "update"):
             ratios = []
             for at in minibatch.split(cfg.micro_batch):
                 log_prob, mean, sigma = replay(policy, rows, at, cfg)
-                loss, info = ppo_loss(log_prob, rows["log_prob"][at], advantages[at], clip_range)
+                loss, info = ppo_loss(log_prob, rows["log_prob"][at], rows["advantage"][at],
+                                      clip_range)
                 if cfg.kl_weight:
                     with torch.no_grad(), adapter_disabled(policy.unet):
                         _, mean_base, _ = replay(policy, rows, at, cfg)
-                    info["kl_base"] = gaussian_kl(mean, mean_base, sigma).mean()
-                    loss = loss + cfg.kl_weight * info["kl_base"]
+                    kl_base = gaussian_kl(mean, mean_base, sigma).mean()
+                    loss, info["kl_base"] = loss + cfg.kl_weight * kl_base, kl_base.item()
                 (loss * len(at) / len(minibatch)).backward()      # accumulates the minibatch's mean
                 ratios.append(info.pop("ratio"))
-                for key, value in {"loss": loss, **info}.items():
-                    total[key] += float(torch.as_tensor(value).detach()) * len(at) / len(order) / cfg.passes
-            if ratio_error is None:
-                ratio_error = check_on_policy(policy, rows, minibatch, torch.cat(ratios), cfg)
+                for key, value in {"loss": loss.item(), **info}.items():
+                    log[key] += value * len(at) / count / cfg.passes
+            if "ratio_error" not in log:
+                ratio = torch.cat(ratios)
+                log["ratio_error"] = check_on_policy(policy, rows, minibatch, ratio, cfg)
             norm = torch.nn.utils.clip_grad_norm_(weights, cfg.max_grad_norm or math.inf)
             if not norm.isfinite():
-                raise UserError("the gradient is not finite; lower --learning-rate, or use --dtype float32")
-            done, updates = done + 1, updates + 1
-            optimizer.param_groups[0]["lr"] = cfg.learning_rate * min(1.0, done / max(1, cfg.warmup_updates))
+                raise UserError("the gradient is not finite; lower --learning-rate, or use "
+                                "--dtype float32")
+            log["grad_norm"] = max(log["grad_norm"], norm.item())
+            done += 1
+            warmup = min(1.0, done / max(1, cfg.warmup_updates))
+            optimizer.param_groups[0]["lr"] = cfg.learning_rate * warmup
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            total["grad_norm"] = max(total["grad_norm"], float(norm))
-    return {**total, "ratio_error": ratio_error, "updates": updates}
+    return {**log, "updates": done}
 
 
-# =================================================================================================
-# 9. Evaluation: never grade with the model that was trained on
-# =================================================================================================
+# ==== 9. Evaluation: never grade with the model that was trained on ==============================
 
 def load_judge(judge: str, device="cpu"):
     """A `transformers.ClapModel` with its processor attached; trained apart from the reward."""
@@ -927,62 +880,56 @@ def load_judge(judge: str, device="cpu"):
         model = ClapModel.from_pretrained(judge, dtype=torch.float32).to(device).eval()
         model.processor = ClapProcessor.from_pretrained(judge)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--judge {judge}: no ClapModel there, or no network ({first_line(error)})") from None
+        raise UserError(f"--judge {judge}: no ClapModel there, or no network "
+                        f"({first_line(error)})") from None
     return model
-
-
-@torch.no_grad()
-def judge_text_embeds(judge, prompts: list[str]) -> Tensor:
-    """Normalised text embeddings (N, E) of the judge."""
-    tokens = judge.processor.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
-    return F.normalize(judge.get_text_features(**tokens.to(judge.device)).pooler_output, dim=-1).cpu()
-
 
 @torch.no_grad()
 def judge_audio_embeds(judge, waveforms: Tensor, sample_rate: int) -> Tensor:
     """Normalised audio embeddings (N, E) of waveforms (N, samples) of the judge."""
     import torchaudio
     extractor = judge.processor.feature_extractor
-    waveforms = torchaudio.functional.resample(waveforms, sample_rate, extractor.sampling_rate)
-    waveforms = waveforms[:, :extractor.nb_max_samples]          # longer ones would be cropped at random
-    parts = []
+    rate = extractor.sampling_rate
+    waveforms = torchaudio.functional.resample(waveforms, sample_rate, rate)
+    waveforms = waveforms[:, :extractor.nb_max_samples]     # longer ones would be cropped at random
+    embeds = []
     for chunk in waveforms.split(32):
-        features = extractor(list(chunk.numpy()), sampling_rate=extractor.sampling_rate, return_tensors="pt")
-        parts.append(judge.get_audio_features(**features.to(judge.device)).pooler_output.cpu())
-    return F.normalize(torch.cat(parts).float(), dim=-1)
-
+        features = extractor(list(chunk.numpy()), sampling_rate=rate, return_tensors="pt")
+        output = judge.get_audio_features(**features.to(judge.device)).pooler_output
+        embeds.append(F.normalize(output.float(), dim=-1).cpu())
+    return torch.cat(embeds)
 
 class Clips(NamedTuple):
-    """n clips of each of M prompts: waveforms (M, n, samples), reward (M, n), judge (M, n, M), embeds (M, n, E)."""
+    """n clips of each of M prompts, as heard by reward and judge."""
+    waveforms: Tensor        # (M, n, samples)
+    reward: Tensor           # (M, n)
+    judge: Tensor            # (M, n, M), cosine of each clip with *every* prompt
+    embeds: Tensor           # (M, n, E), the judge's audio embeddings
 
-    waveforms: Tensor
-    reward: Tensor
-    judge: Tensor            # cosine of each clip with *every* prompt
-    embeds: Tensor           # the judge's audio embeddings
-
-
-def make_clips(world, policy: Policy, prompt_ids: list[int], n: int, seed: int, label: str = "") -> Clips:
+def make_clips(world, prompt_ids: list[int], n: int, seed: int, label: str) -> Clips:
     """Clips of plain DDIM, scored; equal seeds give equal starting noise whatever the weights."""
+    policy, prompts = world.policy, [world.prompts[i] for i in prompt_ids]
     ids = torch.tensor(prompt_ids).repeat_interleave(n)
-    noise = torch.randn(len(ids), *policy.latent_shape, generator=torch.Generator().manual_seed(seed))
-    prompts = [world.prompts[i] for i in prompt_ids]
+    noise = randn(policy, len(ids), torch.Generator().manual_seed(seed))
     waveforms, rewards, embeds = [], [], []
     for at in progress_bar(torch.arange(len(ids)).split(max(policy.micro_batch, 32)), label):
-        latents = sample(policy, ids[at].to(policy.device), noise[at].to(policy.device))
+        latents = sample(policy, ids[at].to(policy.device), noise[at.to(policy.device)])
         waveforms.append(decode(world.pipeline, latents, world.cfg.seconds))
-        rewards.append(world.reward(waveforms[-1], world.sample_rate, [world.prompts[i] for i in ids[at].tolist()]))
+        asked = [world.prompts[i] for i in ids[at].tolist()]
+        rewards.append(world.reward(waveforms[-1], world.sample_rate, asked))
         embeds.append(judge_audio_embeds(world.judge, waveforms[-1], world.sample_rate))
-    shape = (len(prompts), n)
-    embeds = torch.cat(embeds)
-    return Clips(torch.cat(waveforms).view(*shape, -1), torch.cat(rewards).view(shape),
-                 (embeds @ judge_text_embeds(world.judge, prompts).T).view(*shape, -1), embeds.view(*shape, -1))
-
+    waveforms, rewards, embeds = (torch.cat(parts).unflatten(0, (len(prompts), n))
+                                  for parts in (waveforms, rewards, embeds))
+    tokens = world.judge.processor.tokenizer(prompts, padding=True, truncation=True,
+                                             return_tensors="pt").to(policy.device)
+    with torch.no_grad():
+        texts = world.judge.get_text_features(**tokens).pooler_output.cpu()
+    return Clips(waveforms, rewards, embeds @ F.normalize(texts, dim=-1).T, embeds)
 
 def best_of(clips: Clips) -> Clips:
-    """The clip of each prompt with the highest reward: what n reward calls buy without training."""
+    """The clip of each prompt with the highest reward: what n reward calls buy untrained."""
     best = clips.reward.argmax(dim=1)
     return Clips(*(x[torch.arange(len(x)), best][:, None] for x in clips))
-
 
 def per_prompt_metrics(clips: Clips) -> dict[str, Tensor]:
     """Each figure of merit as its mean over the clips of a prompt, (M,).
@@ -993,31 +940,30 @@ def per_prompt_metrics(clips: Clips) -> dict[str, Tensor]:
     loudness: RMS in dB of full scale. broken: clips that are silent (below -60 dBFS) or clipped
     (1 % of samples at full scale).
     """
-    count, n = clips.reward.shape
-    own = torch.arange(count)
-    loudness = 10 * clips.waveforms.square().mean(dim=-1).clamp(min=1e-12).log10()
-    broken = (loudness < -60) | ((clips.waveforms.abs() > 0.999).float().mean(dim=-1) > 0.01)
+    own, (_, n) = torch.arange(len(clips.reward)), clips.reward.shape
     right = clips.judge.argmax(dim=-1) == own[:, None]
-    metrics = {"reward": clips.reward, "judge_score": clips.judge[own, :, own], "recognition": right,
-               "loudness": loudness, "broken": broken}
+    loudness = 10 * clips.waveforms.square().mean(dim=-1).clamp(min=1e-12).log10()
+    at_full_scale = (clips.waveforms.abs() > 0.999).float().mean(dim=-1)
+    metrics = {"reward": clips.reward, "judge_score": clips.judge[own, :, own],
+               "recognition": right, "loudness": loudness,
+               "broken": (loudness < -60) | (at_full_scale > 0.01)}
     metrics = {name: value.float().mean(dim=1) for name, value in metrics.items()}
-    distance = 1 - torch.einsum("mie,mje->mij", clips.embeds, clips.embeds)
-    pairs = ~torch.eye(n, dtype=torch.bool).expand(count, n, n)
+    distance = 1 - clips.embeds @ clips.embeds.mT
+    pairs = ~torch.eye(n, dtype=torch.bool).expand_as(distance)
     right_pairs = pairs & right[:, :, None] & right[:, None, :]
     for name, chosen in (("diversity", pairs), ("diversity_right", right_pairs)):
         metrics[name] = (distance * chosen).sum(dim=(1, 2)) / chosen.sum(dim=(1, 2))
     return metrics
 
-
 def bootstrap(values: Tensor, draws: int = 2000) -> dict[str, float] | None:
-    """Mean over prompts with its 95 % percentile bootstrap interval; values (M,), NaNs left out."""
+    """Mean over prompts and its 95 % percentile bootstrap interval; values (M,), NaNs left out."""
     values = values[~values.isnan()]
     if len(values) == 0:
         return None
-    picks = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(0))
-    low, high = values[picks].mean(dim=1).quantile(torch.tensor([0.025, 0.975])).tolist()
+    generator = torch.Generator().manual_seed(0)
+    means = values[torch.randint(len(values), (draws, len(values)), generator=generator)].mean(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
     return {"value": values.mean().item(), "low": low, "high": high}
-
 
 def wilson(successes: float, n: int) -> dict[str, float]:
     """A share with its 95 % Wilson score interval.
@@ -1027,101 +973,97 @@ def wilson(successes: float, n: int) -> dict[str, float]:
     """
     z, p = 1.959964, successes / n
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return {"value": p, "low": (centre - half) / (1 + z * z / n), "high": (centre + half) / (1 + z * z / n)}
-
+    shrink = 1 + z * z / n
+    return {"value": p, "low": (centre - half) / shrink, "high": (centre + half) / shrink}
 
 def compare(base: Clips, tuned: Clips) -> dict:
-    """evaluation.json: base, best-of-n and tuned, their paired differences, and the preference rate.
+    """evaluation.json: base, best-of-n and tuned, their paired differences, the preference rate.
 
-    preference: share of same-noise pairs in which the judge scores tuned above base; ties count half.
+    preference: share of same-noise pairs in which the judge scores tuned above base; ties: half.
     """
     found = {"base": per_prompt_metrics(base), "best_of_n": per_prompt_metrics(best_of(base)),
              "tuned": per_prompt_metrics(tuned)}
-    result = {name: {k: bootstrap(v) for k, v in metrics.items()} for name, metrics in found.items()}
-    result["tuned_minus_base"] = {k: bootstrap(found["tuned"][k] - v) for k, v in found["base"].items()}
+    found["tuned_minus_base"] = {k: found["tuned"][k] - v for k, v in found["base"].items()}
+    result = {name: {k: bootstrap(v) for k, v in m.items()} for name, m in found.items()}
     own = torch.arange(len(base.judge))
     gap = tuned.judge[own, :, own] - base.judge[own, :, own]
     wins = ((gap > 0).float() + 0.5 * (gap == 0).float()).sum().item()
     return {**result, "preference": wilson(wins, gap.numel()), "n": base.reward.shape[1]}
 
-
 def print_evaluation(result: dict) -> None:
     """The table base / best-of-n / tuned with 95 % intervals."""
-    columns = ["base", "best_of_n", "tuned", "tuned_minus_base"]
-    titles = ["base", f"best of {result['n']}", "tuned", "tuned - base"]
-    print(f"{'held-out prompts':<17}" + "".join(f"{t:>27}" for t in titles))
-    for name in ("reward", "judge_score", "recognition", "diversity", "diversity_right", "loudness", "broken"):
-        cells = [result[c].get(name) for c in columns]
-        print(f"{name:<17}" + "".join(f"{format_interval(c):>27}" for c in cells))
-    print(f"preference: the judge prefers tuned to base in {format_interval(result['preference'])} of pairs")
+    def show(cell):
+        return "-" if cell is None else "{value:.3f} [{low:.3f}, {high:.3f}]".format(**cell)
+    columns = {"base": "base", "best_of_n": f"best of {result['n']}", "tuned": "tuned",
+               "tuned_minus_base": "tuned - base"}
+    print("\nheld-out prompts" + "".join(f"{title:>27}" for title in columns.values()))
+    for name in result["base"]:
+        print(f"{name:<16}" + "".join(f"{show(result[c][name]):>27}" for c in columns))
+    print(f"preference: the judge prefers tuned to base in {show(result['preference'])} of pairs")
 
 
-def format_interval(cell: dict | None) -> str:
-    """Value [low, high], or a dash."""
-    return "-" if cell is None else f"{cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
+# ==== 10. Files of a run =========================================================================
 
-
-# =================================================================================================
-# 10. Files of a run
-# =================================================================================================
+ADAPTER_FILE = "adapter.safetensors"
+ADAPTER_SNIPPET = """import torch
+from diffusers import AudioLDMPipeline
+pipe = AudioLDMPipeline.from_pretrained({model!r}, dtype=torch.float32)
+pipe.unet.load_lora_adapter({folder!r}, prefix=None, weight_name={file!r})
+audio = pipe(prompt, num_inference_steps={steps}, guidance_scale={guidance},
+             audio_length_in_s={seconds}).audios"""
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write(temporary)`, flushed to disk, then renamed: a file is the old or the new one, never half."""
+    """`write(temporary)`, flushed, then renamed: a file is the old or the new, never half."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
-
 def write_json(path: Path, value) -> None:
     """`value` as JSON, written atomically."""
     write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
 
-
 def new_run_dir(cfg: Config) -> Path:
     """The directory of a new run, created; runs/PRESET-N unless --out names it."""
-    if not cfg.out:
-        number = 1
-        while Path("runs", f"{cfg.preset}-{number}").exists():
-            number += 1
+    number = 1
+    while Path("runs", f"{cfg.preset}-{number}").exists():
+        number += 1
     run = Path(cfg.out or f"runs/{cfg.preset}-{number}")
     try:
         run.mkdir(parents=True)
     except FileExistsError:
-        raise UserError(f"--out {run}: exists already; choose another name, or go on with --resume {run}") from None
+        raise UserError(f"--out {run}: exists already; choose another name, or go on with "
+                        f"--resume {run}") from None
     except OSError as error:
         raise UserError(f"--out {run}: {error.strerror}") from None
     return run
 
-
 def save_checkpoint(run: Path, unet, optimizer, **state) -> None:
-    """checkpoint.pt and metrics.jsonl. No random state: every epoch's generator is made from its number."""
+    """checkpoint.pt, metrics.jsonl. No random state: epochs make generators from their numbers."""
     state = {"adapter": adapter_state(unet), "optimizer": optimizer.state_dict(), **state}
     write_atomically(run / "checkpoint.pt", lambda path: torch.save(state, path))
     lines = "".join(json.dumps(row) + "\n" for row in state["metrics"])
     write_atomically(run / "metrics.jsonl", lambda path: path.write_text(lines))
-
 
 def save_adapter(run: Path, state: dict[str, Tensor], snippet: str) -> None:
     """The LoRA weights as `adapter/adapter.safetensors`, and how to load them beside it."""
     from safetensors.torch import save_file
     (run / "adapter").mkdir(exist_ok=True)
     write_atomically(run / "adapter" / ADAPTER_FILE, lambda path: save_file(state, path))
-    write_atomically(run / "adapter" / "load.py", lambda path: path.write_text(snippet + "\n"))
+    write_atomically(run / "adapter/load.py", lambda path: path.write_text(snippet + "\n"))
 
-
-def save_samples(run: Path, base: Clips, tuned: Clips, prompts: list[str], sample_rate: int, count: int = 12) -> None:
-    """The first clip of base and tuned for `count` held-out prompts, spread over the file, as WAV."""
+def save_samples(run: Path, base: Clips, tuned: Clips, prompts: list[str], rate: int) -> None:
+    """The first clip of base and tuned for 12 held-out prompts, spread over the file, as WAV."""
     import soundfile
     (run / "samples").mkdir(exist_ok=True)
-    lines = []
-    for i in range(0, len(prompts), max(1, len(prompts) // count)):
+    chosen = range(0, len(prompts), max(1, len(prompts) // 12))
+    for i in chosen:
         for name, clips in (("base", base), ("tuned", tuned)):
-            soundfile.write(run / "samples" / f"{i:03d}-{name}.wav", clips.waveforms[i, 0].numpy(), sample_rate)
-        lines.append(f"{i:03d}  {prompts[i]}")
-    (run / "samples" / "prompts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
+            file = run / f"samples/{i:03d}-{name}.wav"
+            soundfile.write(file, clips.waveforms[i, 0].numpy(), rate)
+    lines = "".join(f"{i:03d}  {prompts[i]}\n" for i in chosen)
+    (run / "samples/prompts.txt").write_text(lines, encoding="utf-8")
 
 def save_curve(run: Path, metrics: list[dict]) -> None:
     """curve.png: the reward on training prompts by epoch, and what the judge says of it."""
@@ -1129,75 +1071,69 @@ def save_curve(run: Path, metrics: list[dict]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    axes.plot([r["epoch"] for r in metrics], [r["reward"] for r in metrics], label="reward (CLAP), rollouts")
+    axes.plot([r["epoch"] for r in metrics], [r["reward"] for r in metrics], label="reward (CLAP)")
     asked = [r for r in metrics if "judge_score" in r]
-    axes.plot([r["epoch"] for r in asked], [r["judge_score"] for r in asked], "o-", label="judge, plain DDIM")
+    axes.plot([r["epoch"] for r in asked], [r["judge_score"] for r in asked], "o-",
+              label="judge, plain DDIM")
     axes.set(xlabel="epoch", ylabel="cosine of clip and prompt")
     axes.legend()
     write_atomically(run / "curve.png", lambda path: figure.savefig(path, dpi=120, format="png"))
     plt.close(figure)
 
 
-# =================================================================================================
-# 11. The run
-# =================================================================================================
-
-def progress_bar(items, label: str):
-    """tqdm over items, on a terminal only, gone when done."""
-    from tqdm import tqdm
-    return tqdm(items, desc=label, leave=False, disable=not label or not sys.stderr.isatty())
-
+# ==== 11. The run ================================================================================
 
 def load_world(cfg: Config) -> SimpleNamespace:
-    """Everything a run needs, loaded and checked: prompts, pipeline, reward, judge, policy, optimizer."""
-    train_prompts, held_out = split_prompts(cfg)
-    device = torch.device(cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = load_pipeline(cfg.model, device)
-    check_prompts(pipeline, cfg.model, train_prompts + held_out)
-    clap = load_clap(cfg.clap, pipeline.tokenizer, device)
-    judge = load_judge(cfg.judge, device)
-    prompts, rate, unet = train_prompts + held_out, pipeline.vocoder.config.sampling_rate, pipeline.unet
+    """All that a run needs, loaded and checked."""
+    train, held_out = split_prompts(cfg)
+    cuda = torch.cuda.is_available()
+    device = torch.device(cfg.device if cfg.device != "auto" else "cuda" if cuda else "cpu")
+    pipeline = load_pipeline(bundled(cfg.model), device)
+    check_prompts(pipeline, bundled(cfg.model), {**train, **held_out})
+    clap = load_clap(bundled(cfg.clap), pipeline.tokenizer, device)
+    judge = load_judge(bundled(cfg.judge), device)
+    prompts, unet, vocoder = [*train, *held_out], pipeline.unet, pipeline.vocoder.config
     condition = encode_prompts(pipeline, prompts + [""])
-    hop = math.prod(pipeline.vocoder.config.upsample_rates)
     factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-    frames = math.ceil(cfg.seconds * rate / hop / factor)
+    frames = cfg.seconds * vocoder.sampling_rate / math.prod(vocoder.upsample_rates)
     policy = Policy(
         unet=unet, schedule=ddim_schedule(pipeline.scheduler, cfg.num_steps, device),
         prediction_type=pipeline.scheduler.config.prediction_type,
         condition={k: v if v is None else v[:-1] for k, v in condition.items()},
         uncondition={k: v if v is None else v[-1:] for k, v in condition.items()},
-        guidance_scale=cfg.guidance_scale, micro_batch=cfg.micro_batch, dtype=getattr(torch, cfg.dtype),
-        latent_shape=(unet.config.in_channels, frames, pipeline.vocoder.config.model_in_dim // factor))
+        guidance_scale=cfg.guidance_scale, micro_batch=cfg.micro_batch,
+        dtype=getattr(torch, cfg.dtype), latent_shape=(
+            unet.config.in_channels, math.ceil(frames / factor), vocoder.model_in_dim // factor))
     torch.manual_seed(cfg.seed)                  # LoRA's A matrices are random
-    weights = add_lora(unet, cfg.lora_rank)
+    optimizer = torch.optim.AdamW(add_lora(unet, cfg.lora_rank), lr=cfg.learning_rate,
+                                  weight_decay=1e-4)
     return SimpleNamespace(
-        cfg=cfg, prompts=prompts, train_ids=list(range(len(train_prompts))),
-        held_out_ids=list(range(len(train_prompts), len(prompts))), pipeline=pipeline, sample_rate=rate,
-        reward=lambda *args: clap_reward(clap, *args), judge=judge, policy=policy,
-        optimizer=torch.optim.AdamW(weights, lr=cfg.learning_rate, weight_decay=1e-4))
-
+        cfg=cfg, prompts=prompts, train_ids=list(range(len(train))),
+        held_out_ids=list(range(len(train), len(prompts))), pipeline=pipeline, policy=policy,
+        reward=lambda *args: clap_reward(clap, *args), sample_rate=vocoder.sampling_rate,
+        judge=judge, optimizer=optimizer)
 
 def train(world, run: Path, state: dict) -> dict:
-    """The PPO loop, STEP 1 to 6, from `state["epoch"]` to the end. Returns the best adapter's record."""
+    """The PPO loop, STEP 1 to 6, from `state["epoch"]` on. Returns the best adapter's record."""
     cfg, policy, optimizer = world.cfg, world.policy, world.optimizer
     metrics, updates, best, average = (state[k] for k in ("metrics", "updates", "best", "average"))
     for epoch in range(state["epoch"], cfg.epochs):
         began = time.time()
         generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + epoch)
-        prompt_ids, starts = choose_prompts(world, generator)                                # STEP 1
-        clips, rows = rollout(policy, prompt_ids, starts, cfg, generator)                    # STEP 2
-        rewards = score(world, clips, prompt_ids)                                            # STEP 3
-        advantages = group_advantages(rewards, cfg.advantage_clip)                           # STEP 4
-        rows = choose_rows(rows, cfg.train_steps, cfg.clips_per_epoch, generator)
-        rows, row_advantages = drop_flat_groups(rows, advantages.to(policy.device))
-        info = update(policy, optimizer, rows, row_advantages, cfg, updates, generator)      # STEP 5
-        updates += info.pop("updates")
+        prompt_ids, starts = choose_prompts(world, generator)                             # STEP 1
+        latents, rows = rollout(policy, prompt_ids, starts, cfg, generator)               # STEP 2
+        rewards = score(world, latents, prompt_ids)                                       # STEP 3
+        advantages = group_advantages(rewards)                                            # STEP 4
+        rows = training_rows(rows, advantages, cfg.train_steps, generator)
+        info = update(policy, optimizer, rows, cfg, updates, generator)                   # STEP 5
+        updates = info.pop("updates")
         decay = min(cfg.ema, epoch / (epoch + 1))            # a plain mean at first
-        average = {k: v.lerp(average.get(k, v), decay) for k, v in adapter_state(policy.unet).items()}
-        row = {"epoch": epoch + 1, "reward": rewards.mean().item(),                          # STEP 6
+        average = {k: v.lerp(average.get(k, v), decay)
+                   for k, v in adapter_state(policy.unet).items()}
+        row = {"epoch": epoch + 1, "reward": rewards.mean().item(),                       # STEP 6
                "reward_spread": rewards.std(dim=1).mean().item(), **info,
                "lr": optimizer.param_groups[0]["lr"], "seconds": round(time.time() - began, 2)}
-        if cfg.judge_every and ((epoch + 1) % cfg.judge_every == 0 or epoch + 1 == cfg.epochs):
+        if cfg.judge_every and (epoch + 1 == cfg.epochs or (epoch + 1) % cfg.judge_every == 0):
             row.update(ask_judge(world, average))
             best = keep_best(best, row, average)
         metrics.append(row)
@@ -1206,107 +1142,98 @@ def train(world, run: Path, state: dict) -> dict:
                         average=average, metrics=metrics)
     return best or {"epoch": cfg.epochs, "adapter": average}
 
-
 def choose_prompts(world, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Prompts (P,) of an epoch without repeats, and the first noisy step (P,) of each group."""
-    cfg = world.cfg
+    cfg, device = world.cfg, world.policy.device
     order = torch.randperm(len(world.train_ids), generator=generator)
-    ids = order.repeat(math.ceil(cfg.prompts_per_epoch / len(order)))[:cfg.prompts_per_epoch]
-    latest = max(0, min(cfg.num_steps - 1, round(cfg.noise_until * cfg.num_steps)) - cfg.window)
-    starts = torch.randint(latest + 1, ids.shape, generator=generator)
-    return ids.to(world.policy.device), starts.to(world.policy.device)
-
+    rounds = math.ceil(cfg.prompts_per_epoch / len(order))
+    ids = order.repeat(rounds)[:cfg.prompts_per_epoch]
+    end = min(cfg.num_steps - 1, round(cfg.noise_until * cfg.num_steps))
+    starts = torch.randint(max(0, end - cfg.window) + 1, ids.shape, generator=generator)
+    return ids.to(device), starts.to(device)
 
 def score(world, latents: Tensor, prompt_ids: Tensor) -> Tensor:
     """Rewards (P, K) of the finished latents (P * K, C, H, W)."""
-    cfg = world.cfg
-    waveforms = decode(world.pipeline, latents, cfg.seconds)
-    prompts = [world.prompts[i] for i in prompt_ids.tolist() for _ in range(cfg.clips_per_prompt)]
+    clips = world.cfg.clips_per_prompt
+    waveforms = decode(world.pipeline, latents, world.cfg.seconds)
+    prompts = [world.prompts[i] for i in prompt_ids.tolist() for _ in range(clips)]
     rewards = world.reward(waveforms, world.sample_rate, prompts)
-    if not rewards.isfinite().all():
-        raise UserError(f"the reward of a clip is not finite, prompt {prompts[int((~rewards.isfinite()).nonzero()[0])]!r}: "
-                        "the decoder overflowed; use --dtype float32")
-    return rewards.view(len(prompt_ids), cfg.clips_per_prompt)
-
-
-def drop_flat_groups(rows: dict, advantages: Tensor) -> tuple[dict, Tensor]:
-    """Rows of groups that teach something, and the advantage (R,) of each row's clip."""
-    keep = (advantages != 0).any(dim=1).repeat_interleave(advantages.shape[1])[rows["clip"]]
-    if not keep.any():
-        raise UserError("within every prompt all clips have the same reward: nothing to learn from; "
-                        "use more --clips-per-prompt, a larger --noise-window or another reward")
-    rows = {key: value[keep] for key, value in rows.items()}
-    return rows, advantages.flatten()[rows["clip"]]
-
+    for prompt, reward in zip(prompts, rewards.tolist()):
+        if not math.isfinite(reward):
+            raise UserError(f"a clip of {prompt!r} has the reward {reward}: the decoder overflowed;"
+                            " use --dtype float32")
+    return rewards.view(len(prompt_ids), clips)
 
 def ask_judge(world, adapter: dict) -> dict:
-    """Judge and reward of an adapter's plain DDIM clips of training prompts, always from the same noise."""
-    unet = world.policy.unet
-    current = adapter_state(unet)
+    """Judge and reward of an adapter's plain DDIM clips of training prompts, from fixed noise."""
+    unet, current = world.policy.unet, adapter_state(world.policy.unet)
     load_adapter_state(unet, adapter)
-    metrics = per_prompt_metrics(make_clips(world, world.policy, world.train_ids[:48], 1, world.cfg.seed + 77))
+    clips = make_clips(world, world.train_ids[:48], 1, world.cfg.seed + 77, "judge")
     load_adapter_state(unet, current)
-    return {"judge_score": metrics["judge_score"].mean().item(), "monitor_reward": metrics["reward"].mean().item()}
-
+    metrics = per_prompt_metrics(clips)
+    return {"judge_score": metrics["judge_score"].mean().item(),
+            "monitor_reward": metrics["reward"].mean().item()}
 
 def keep_best(best: dict, row: dict, adapter: dict) -> dict:
     """The record with the highest judge score; says when the reward rises while the judge falls."""
     if not best or row["judge_score"] >= best["judge_score"]:
-        return {"epoch": row["epoch"], "judge_score": row["judge_score"],
-                "monitor_reward": row["monitor_reward"], "adapter": adapter}
+        return {**{k: row[k] for k in ("epoch", "judge_score", "monitor_reward")},
+                "adapter": adapter}
     if row["monitor_reward"] > best["monitor_reward"]:
-        warn(f"epoch {row['epoch']}: the reward rose but the judge fell since epoch {best['epoch']}: "
-             "over-optimisation; the adapter of that epoch is kept")
+        warn(f"epoch {row['epoch']}: since epoch {best['epoch']} the reward rose but the judge "
+             "fell: over-optimisation; that epoch's adapter is kept")
     return best
-
 
 def print_totals(world, run: Path) -> None:
     """What the settings amount to, before the first minute is spent."""
-    cfg, size = world.cfg, math.prod(world.policy.latent_shape)
+    cfg, shape = world.cfg, world.policy.latent_shape
     trained = sum(p.numel() for p in world.optimizer.param_groups[0]["params"])
-    print(f"{len(world.train_ids)} training prompts, {len(world.held_out_ids)} held out; run directory {run}")
-    print(f"{cfg.epochs} epochs x {cfg.prompts_per_epoch} prompts x {cfg.clips_per_prompt} clips = "
-          f"{cfg.epochs * cfg.clips_per_epoch} clips; {cfg.passes * cfg.updates_per_epoch} updates per epoch")
-    print(f"{trained:,} trainable parameters; latents {world.policy.latent_shape}, so the clip range is "
-          f"{cfg.clip_range * 16384 / size:.1e} nats per element", flush=True)
-
+    print(f"{len(world.train_ids)} training prompts, {len(world.held_out_ids)} held out; run "
+          f"directory {run}\n{cfg.epochs} epochs x {cfg.prompts_per_epoch} prompts x "
+          f"{cfg.clips_per_prompt} clips = {cfg.epochs * cfg.clips_per_epoch} clips; "
+          f"{cfg.passes * cfg.updates_per_epoch} updates per epoch\n"
+          f"{trained:,} trainable parameters; latents {shape}, so the clip range is "
+          f"{cfg.clip_range * 16384 / math.prod(shape):.1e} nats per element", flush=True)
 
 def print_epoch(row: dict, cfg: Config) -> None:
     """One aligned line per epoch."""
     judge = f"  judge {row['judge_score']:.3f}" if "judge_score" in row else ""
     print(f"epoch {row['epoch']:>{len(str(cfg.epochs))}}/{cfg.epochs}  reward {row['reward']:.3f}  "
-          f"spread {row['reward_spread']:.3f}  kl {row['approx_kl']:.1e}  clipped {row['clip_fraction']:.2f}  "
-          f"grad {row['grad_norm']:.1e}  {row['seconds']:.1f} s{judge}", flush=True)
-
+          f"spread {row['reward_spread']:.3f}  kl {row['approx_kl']:.1e}  clipped "
+          f"{row['clip_fraction']:.2f}  grad {row['grad_norm']:.1e}  {row['seconds']:.1f} s{judge}",
+          flush=True)
 
 def run(cfg: Config, resume: str) -> None:
     """A whole run: load, train, evaluate base and tuned from the same noise, write everything."""
     world = load_world(cfg)
-    run_dir = Path(resume) if resume else new_run_dir(cfg)
+    run_dir, unet = Path(resume) if resume else new_run_dir(cfg), world.policy.unet
     write_json(run_dir / "config.json", dataclasses.asdict(cfg))
     state = {"epoch": 0, "updates": 0, "best": {}, "average": {}, "metrics": []}
     if resume and (run_dir / "checkpoint.pt").exists():
         state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
-        load_adapter_state(world.policy.unet, state["adapter"])
+        load_adapter_state(unet, state["adapter"])
         world.optimizer.load_state_dict(state["optimizer"])
         print(f"resuming after epoch {state['epoch']}")
     print_totals(world, run_dir)
     best = train(world, run_dir, state)
-    load_adapter_state(world.policy.unet, best["adapter"])
-    print(f"evaluating the adapter of epoch {best['epoch']}" + ", which the judge likes best" * bool(cfg.judge_every))
-    tuned = make_clips(world, world.policy, world.held_out_ids, cfg.eval_noises, cfg.seed + 999, "tuned")
-    with adapter_disabled(world.policy.unet):
-        base = make_clips(world, world.policy, world.held_out_ids, cfg.eval_noises, cfg.seed + 999, "base")
+    load_adapter_state(unet, best["adapter"])
+    why = ", which the judge likes best" if cfg.judge_every else ""
+    print(f"evaluating the adapter of epoch {best['epoch']}{why}", flush=True)
+    settings = world.held_out_ids, cfg.eval_noises, cfg.seed + 999
+    tuned = make_clips(world, *settings, "tuned")
+    with adapter_disabled(unet):
+        base = make_clips(world, *settings, "base")
     result = compare(base, tuned)
     write_json(run_dir / "evaluation.json", result)
-    snippet = ADAPTER_SNIPPET.format(model=cfg.model, folder=str(run_dir / "adapter"), file=ADAPTER_FILE,
-                                     steps=cfg.num_steps, guidance=cfg.guidance_scale, seconds=cfg.seconds)
-    save_adapter(run_dir, adapter_state(world.policy.unet), snippet)
-    save_samples(run_dir, base, tuned, [world.prompts[i] for i in world.held_out_ids], world.sample_rate)
+    snippet = ADAPTER_SNIPPET.format(
+        model=bundled(cfg.model), folder=str(run_dir / "adapter"), file=ADAPTER_FILE,
+        steps=cfg.num_steps, guidance=cfg.guidance_scale, seconds=cfg.seconds)
+    save_adapter(run_dir, best["adapter"], snippet)
+    save_samples(run_dir, base, tuned, world.prompts[len(world.train_ids):], world.sample_rate)
     save_curve(run_dir, state["metrics"])
     print_evaluation(result)
-    print(f"\nlisten: {run_dir / 'samples'}   curve: {run_dir / 'curve.png'}   load the adapter:\n{snippet}")
-
+    print(f"\nlisten: {run_dir / 'samples'}   curve: {run_dir / 'curve.png'}   load the adapter:\n"
+          f"{snippet}")
 
 def main(argv=None) -> int:
     """Exit code: 0, or 2 after a UserError's one line."""

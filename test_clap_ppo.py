@@ -456,7 +456,8 @@ def update_once(policy, rows, cfg, seed=0, optimizer=None, advantages=None, done
     weights = [p for p in policy.unet.parameters() if p.requires_grad]
     optimizer = optimizer or torch.optim.SGD(weights, lr=cfg.learning_rate)
     advantages = moved(rows, cfg.clips_per_epoch) if advantages is None else advantages
-    return clap_ppo.update(policy, optimizer, rows, advantages, cfg, done, seeded(seed))
+    rows = {**rows, "advantage": advantages}
+    return clap_ppo.update(policy, optimizer, rows, cfg, done, seeded(seed))
 
 
 @pytest.mark.parametrize("fault, cause", [
@@ -888,9 +889,9 @@ def watched(monkeypatch):
     """What `update` is given in every epoch, and the rewards that led to it."""
     calls, real = [], clap_ppo.update
 
-    def watch(policy, optimizer, rows, advantages, cfg, done, generator):
-        calls.append(SimpleNamespace(rows=rows, advantages=advantages, done=done))
-        return real(policy, optimizer, rows, advantages, cfg, done, generator)
+    def watch(policy, optimizer, rows, cfg, done, generator):
+        calls.append(SimpleNamespace(rows=rows, done=done))
+        return real(policy, optimizer, rows, cfg, done, generator)
 
     monkeypatch.setattr(clap_ppo, "update", watch)
     return calls
@@ -910,8 +911,8 @@ def test_every_row_carries_the_advantage_of_its_clip(painter_world, tmp_path, wa
     clap_ppo.train(world, tmp_path, new_state())
     for call, reward in zip(watched, rewards):
         expected = clap_ppo.group_advantages(reward.view(2, 8)).flatten()
-        torch.testing.assert_close(call.advantages, expected[call.rows["clip"]])
-        assert len(call.advantages) == 2 * 8 * 2
+        torch.testing.assert_close(call.rows["advantage"], expected[call.rows["clip"]])
+        assert len(call.rows["advantage"]) == 2 * 8 * 2
 
 
 @pytest.mark.parametrize("until, expected", [("1", {0, 1, 2, 3}), ("0.5", {0, 1})])
@@ -976,9 +977,9 @@ def test_groups_whose_clips_score_alike_are_left_out(painter_world, tmp_path, wa
     world.reward = lambda w, rate, prompts: torch.where(
         torch.tensor([p == "up" for p in prompts]), real(w, rate, prompts), torch.tensor(0.25))
     clap_ppo.train(world, tmp_path, new_state())
-    rows, advantages = watched[0].rows, watched[0].advantages
+    rows = watched[0].rows
     assert rows["prompt_id"].tolist() == [0] * 16
-    up = advantages[rows["step"] == rows["step"].min()]
+    up = rows["advantage"][rows["step"] == rows["step"].min()]
     assert len(up) == 8 and up.mean().abs() < 1e-5 and up.std() > 0.5
     world.reward = lambda w, rate, prompts: torch.full((len(w),), 0.25)
     with pytest.raises(UserError, match="same reward"):
@@ -990,7 +991,7 @@ def test_a_reward_that_is_not_a_number_stops_the_run_and_names_the_prompt(painte
     world = painter_world("--epochs", "1")
     world.reward = lambda w, rate, prompts: torch.tensor(
         [math.nan if p == "down" else 1.0 for p in prompts])
-    with pytest.raises(UserError, match="not finite.*'down'"):
+    with pytest.raises(UserError, match="'down' has the reward nan"):
         clap_ppo.train(world, tmp_path, new_state())
 
 
@@ -1318,7 +1319,7 @@ def test_held_out_prompts_must_not_be_trained_on(prompt_file, tmp_path, capsys, 
     (tmp_path / "eval.txt").write_text("wind blowing\nsnoring\n")
     refused(capsys, tmp_path, monkeypatch,
             ["--prompts", prompt_file, "--eval-prompts", tmp_path / "eval.txt", *TOY_FLAGS],
-            "'snoring'")
+            "eval.txt, line 2.*prompts.txt, line 5")
 
 
 def test_too_few_prompts_to_hold_some_out_are_refused(tmp_path, capsys, monkeypatch):
@@ -1334,7 +1335,7 @@ def test_without_a_held_out_file_a_quarter_is_held_out_and_said(tmp_path, capsys
     (tmp_path / "mine.txt").write_text("\n".join(lines))
     cfg = config("--prompts", str(tmp_path / "mine.txt"))
     train, held_out = clap_ppo.split_prompts(cfg)
-    assert sorted(train + held_out) == sorted(lines) and len(held_out) == 3
+    assert sorted([*train, *held_out]) == sorted(lines) and len(held_out) == 3
     assert (train, held_out) == clap_ppo.split_prompts(cfg)
     assert "3" in capsys.readouterr().out
 
@@ -1402,9 +1403,10 @@ def test_repeated_prompts_are_merged_and_said(tmp_path, capsys):
     """Spaces do not make another prompt; a byte order mark and Windows line ends are no prompts."""
     file = tmp_path / "mine.txt"
     file.write_bytes("\ufeffsnoring\r\n# comment\r\nwind  blowing\r\n  snoring \r\n".encode())
-    assert clap_ppo.read_prompts(str(file)) == ["snoring", "wind blowing"]
+    assert clap_ppo.read_prompts(str(file)) == {
+        "snoring": f"{file}, line 1", "wind blowing": f"{file}, line 3"}
     err = capsys.readouterr().err
-    assert re.search(r"line 4.*line 1.*'snoring'", err) and len(err.splitlines()) == 1
+    assert re.search(r"line 4.*line 1", err) and len(err.splitlines()) == 1
 
 
 def test_what_the_model_cannot_take_in_is_said_before_the_run(tmp_path, capsys):
@@ -1463,7 +1465,7 @@ def test_the_printed_snippet_gives_the_tuned_clips_in_a_plain_pipeline(finished_
     noise = torch.randn(2 * len(HELD_OUT), *(8, 16, 8), generator=seeded(999))
     with_adapter, without = {}, {}
     exec(snippet, {"prompt": HELD_OUT[0]}, with_adapter)
-    exec(re.sub(r"(?m)^(pipe\.unet|audio).*", "", snippet), {}, without)
+    exec(re.sub(r"(?m)^(pipe\.unet|audio| ).*", "", snippet), {}, without)
     assert with_adapter["audio"].shape == (1, 40960)
     heard = {}
     for name, pipe in (("tuned", with_adapter["pipe"]), ("base", without["pipe"])):
@@ -1578,7 +1580,7 @@ def test_the_bootstrap_interval_is_that_of_a_mean():
 def test_evaluation_starts_base_and_tuned_from_the_same_noise(world):
     """Before any training both are the same clips, whatever the batches they are made in."""
     def clips(seed):
-        return clap_ppo.make_clips(world, world.policy, world.held_out_ids, 2, seed=seed)
+        return clap_ppo.make_clips(world, world.held_out_ids, 2, seed, "test")
 
     tuned, again = clips(seed=4), clips(seed=4)
     with clap_ppo.adapter_disabled(world.policy.unet):
