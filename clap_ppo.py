@@ -44,7 +44,9 @@ Schulman et al. 2017 (1707.06347). CLAP, Wu et al. 2023 (2211.06687). LoRA, Hu e
 """
 
 import argparse
+import base64
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -254,7 +256,7 @@ class Config:
     shared_noise: bool = option(True, "the clips of a prompt start from one noise x_T")
     train_steps: int = option(0, "noisy steps per clip that are trained, drawn at random; 0 = all",
                               0, 1000)
-    epochs: int = option(40, "rounds of rollout and update", 1, 10 ** 6)
+    epochs: int = option(55, "rounds of rollout and update", 1, 10 ** 6)
     prompts_per_epoch: int = option(8, "P, prompts per epoch", 1, 10 ** 4)
     clips_per_prompt: int = option(16, "K; a clip's advantage is relative to the other clips of "
                                   "its prompt", 2, 1000)
@@ -270,7 +272,7 @@ class Config:
                         "this decay per epoch; 0 = the last weights", 0, 0.999)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 = never", 0, 1e6)
     lora_rank: int = option(8, "rank of the adapter's weight updates", 1, 1024)
-    micro_batch: int = option(64, "clips per network call: memory, never the result", 1, 10 ** 4)
+    micro_batch: int = option(128, "clips per network call: memory, never the result", 1, 10 ** 4)
     eval_noises: int = option(4, "clips per held-out prompt, and the n of best-of-n", 1, 1000)
     judge_every: int = option(10, "epochs between questions to the judge; 0 = never", 0, 10 ** 6)
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto = cuda if there is one")
@@ -1053,17 +1055,55 @@ def save_adapter(run: Path, state: dict[str, Tensor], snippet: str) -> None:
     write_atomically(run / "adapter" / ADAPTER_FILE, lambda path: save_file(state, path))
     write_atomically(run / "adapter/load.py", lambda path: path.write_text(snippet + "\n"))
 
-def save_samples(run: Path, base: Clips, tuned: Clips, prompts: list[str], rate: int) -> None:
-    """The first clip of base and tuned for 12 held-out prompts, spread over the file, as WAV."""
+def mel_picture(waveform: Tensor, sample_rate: int, bands: int = 32, frames: int = 48) -> str:
+    """Mel spectrogram of a waveform (samples,), 60 dB deep: base64 of 4 bits a cell, by columns."""
+    import torchaudio
+    filters = torchaudio.functional.melscale_fbanks(513, 0, sample_rate / 2, bands, sample_rate)
+    hop = math.ceil(len(waveform) / frames)
+    spectrum = torch.stft(waveform, 1024, hop, window=torch.hann_window(1024), return_complex=True)
+    decibels = 20 * (filters.T @ spectrum.abs()[:, :frames]).clamp(min=1e-6).log10()
+    levels = ((decibels - decibels.max() + 60) / 4).clamp(0, 15).round().byte().T.flatten()
+    return base64.b64encode((levels[::2] * 16 + levels[1::2]).numpy().tobytes()).decode()
+
+def save_clips(run: Path, base: Clips, tuned: Clips, prompts: list[str], rate: int) -> list[dict]:
+    """Each prompt's first clip of base and tuned as WAV in clips/; rows that say which is which.
+
+    In the blind test nothing may give a side away: files are named by a hash of what is in them,
+    and the louder clip of a pair is turned down to the RMS of the other.
+    """
     import soundfile
-    (run / "samples").mkdir(exist_ok=True)
-    chosen = range(0, len(prompts), max(1, len(prompts) // 12))
-    for i in chosen:
-        for name, clips in (("base", base), ("tuned", tuned)):
-            file = run / f"samples/{i:03d}-{name}.wav"
-            soundfile.write(file, clips.waveforms[i, 0].numpy(), rate)
-    lines = "".join(f"{i:03d}  {prompts[i]}\n" for i in chosen)
-    (run / "samples/prompts.txt").write_text(lines, encoding="utf-8")
+    (run / "clips").mkdir(exist_ok=True)
+    rows = []
+    for i, prompt in enumerate(prompts):
+        rows.append({"prompt": prompt})
+        pair = {"base": base, "tuned": tuned}
+        rms = {side: c.waveforms[i, 0].square().mean().sqrt().item() for side, c in pair.items()}
+        level = max(min(rms.values()), 0.01)             # silence does not silence the other clip
+        for side, clips in pair.items():
+            waveform = clips.waveforms[i, 0] * min(1.0, level / max(rms[side], 1e-6))
+            name = f"clips/{hashlib.sha256(waveform.numpy().tobytes()).hexdigest()[:16]}.wav"
+            soundfile.write(run / name, waveform.numpy(), rate)
+            rows[-1][side] = {"file": name, "mel": mel_picture(waveform, rate),
+                              "reward": round(clips.reward[i, 0].item(), 4),
+                              "judge": round(clips.judge[i, 0, i].item(), 4)}
+    return rows
+
+def save_page(run: Path, cfg: Config, rows: list[dict], result: dict, metrics: list,
+              rate: int) -> None:
+    """index.html, the page of `samples/listen.html`, and data.js, what it shows of this run."""
+    facts = {"model": cfg.model, "reward": cfg.clap, "judge": cfg.judge, "seed": cfg.seed,
+             "epochs": cfg.epochs, "clips": f"{cfg.eval_noises} per prompt in the table"}
+    toy = "the small bundled model of synthetic sounds" if cfg.model == Config.model else cfg.model
+    identity = hashlib.sha256(json.dumps([r["prompt"] for r in rows]).encode()).hexdigest()[:12]
+    data = {"name": run.name, "id": f"{run.name}-{identity}", "facts": facts, "rows": rows,
+            "about": f"Held-out prompts, by {toy}: the original and the fine-tuned model from the "
+                     "same starting noise, played equally loud.",
+            "seconds": cfg.seconds, "sample_rate": rate, "evaluation": result, "metrics": [
+                {k: r[k] for k in ("epoch", "reward", "judge_score") if k in r} for r in metrics]}
+    script = f"window.CLAP_PPO_RUN = {json.dumps(data)};\n"
+    write_atomically(run / "data.js", lambda path: path.write_text(script))
+    html = (HERE / "samples/listen.html").read_bytes()
+    write_atomically(run / "index.html", lambda path: path.write_bytes(html))
 
 def save_curve(run: Path, metrics: list[dict]) -> None:
     """curve.png: the reward on training prompts by epoch, and what the judge says of it."""
@@ -1168,7 +1208,7 @@ def ask_judge(world, adapter: dict) -> dict:
     """Judge and reward of an adapter's plain DDIM clips of training prompts, from fixed noise."""
     unet, current = world.policy.unet, adapter_state(world.policy.unet)
     load_adapter_state(unet, adapter)
-    clips = make_clips(world, world.train_ids[:48], 1, world.cfg.seed + 77, "judge")
+    clips = make_clips(world, world.train_ids[:96], 1, world.cfg.seed + 77, "judge")
     load_adapter_state(unet, current)
     metrics = per_prompt_metrics(clips)
     return {"judge_score": metrics["judge_score"].mean().item(),
@@ -1229,10 +1269,12 @@ def run(cfg: Config, resume: str) -> None:
         model=bundled(cfg.model), folder=str(run_dir / "adapter"), file=ADAPTER_FILE,
         steps=cfg.num_steps, guidance=cfg.guidance_scale, seconds=cfg.seconds)
     save_adapter(run_dir, best["adapter"], snippet)
-    save_samples(run_dir, base, tuned, world.prompts[len(world.train_ids):], world.sample_rate)
+    held_out = world.prompts[len(world.train_ids):]
+    rows = save_clips(run_dir, base, tuned, held_out, world.sample_rate)
+    save_page(run_dir, cfg, rows, result, state["metrics"], world.sample_rate)
     save_curve(run_dir, state["metrics"])
     print_evaluation(result)
-    print(f"\nlisten: {run_dir / 'samples'}   curve: {run_dir / 'curve.png'}   load the adapter:\n"
+    print(f"\nlisten: {run_dir / 'index.html'}   curve: {run_dir / 'curve.png'}   the adapter:\n"
           f"{snippet}")
 
 def main(argv=None) -> int:

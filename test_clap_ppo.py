@@ -1445,10 +1445,11 @@ def test_a_run_leaves_what_was_promised(finished_run):
     saved = clap_ppo.Config(**json.loads((run / "config.json").read_text()))
     assert saved.guidance_scale == 2.5 and saved.epochs == 3
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
-    for name in ("000-base.wav", "000-tuned.wav", "002-tuned.wav"):
-        wave, rate = soundfile.read(run / "samples" / name)
+    rows = page_data(run)["rows"]
+    assert [row["prompt"] for row in rows] == HELD_OUT and (run / "index.html").exists()
+    for row in rows:
+        wave, rate = soundfile.read(run / row["tuned"]["file"])
         assert rate == 16000 and wave.shape == (40960,) and np.abs(wave).max() > 0
-    assert HELD_OUT[0] in (run / "samples/prompts.txt").read_text()
     assert not list(run.rglob("*.tmp"))
     assert len(re.findall(r"^epoch \d/3 ", finished_run.out, flags=re.M)) == 3
 
@@ -1473,8 +1474,11 @@ def test_the_printed_snippet_gives_the_tuned_clips_in_a_plain_pipeline(finished_
         heard[name] = [pipe(HELD_OUT[i], latents=noise[2 * i:2 * i + 1], num_inference_steps=5,
                             guidance_scale=2.5, audio_length_in_s=2.56).audios[0] for i in (0, 2)]
         for i, audio in zip((0, 2), heard[name]):
-            saved, _ = soundfile.read(finished_run.folder / f"samples/{i:03d}-{name}.wav")
-            np.testing.assert_allclose(np.clip(audio, -1, 1), saved, rtol=0, atol=2e-4)
+            row = page_data(finished_run.folder)["rows"][i]
+            saved, _ = soundfile.read(finished_run.folder / row[name]["file"])
+            gain = np.sqrt((saved ** 2).mean() / (audio ** 2).mean())     # pairs are equally loud
+            assert 0.5 < gain < 1.001
+            np.testing.assert_allclose(gain * np.clip(audio, -1, 1), saved, rtol=0, atol=2e-4)
     difference = np.abs(np.array(heard["tuned"]) - np.array(heard["base"])).max()
     assert difference > 5e-4, "the tuned clips are not the base's"
 
@@ -1696,6 +1700,58 @@ def test_every_requirement_is_used(world):
     assert unused <= {"accelerate", "torchvision"} and unused <= set(sys.modules)
 
 
+def seeds_table() -> str:
+    """The README's table of results, from the evaluation.json of each seed's run."""
+    files = sorted((HERE / "samples/seeds").glob("*.json"))
+    runs = [json.loads(file.read_text()) for file in files]
+    columns = {"recognition": "recognition", "judge score": "judge_score", "reward": "reward",
+               "diversity": "diversity", "of recognised clips": "diversity_right"}
+    lines = ["| seed | " + " | ".join(columns) + " | gain in recognition | preference | "
+             "loudness | base, best of 4 |", "|" + "---|" * (len(columns) + 5)]
+
+    def line(name, cells):
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+
+    def mean(*path):
+        values = []
+        for run in runs:
+            for key in path:
+                run = run[key]
+            values.append(run["value"])
+        return sum(values) / len(values)
+
+    def interval(cell, sign=""):
+        return f"{cell['value']:{sign}.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"
+
+    for file, run in zip(files, runs):
+        line(file.stem, [f"{run['base'][k]['value']:.2f} \u2192 {run['tuned'][k]['value']:.2f}"
+                         for k in columns.values()]
+             + [interval(run["tuned_minus_base"]["recognition"], "+"), interval(run["preference"]),
+                f"{run['tuned_minus_base']['loudness']['value']:+.1f} dB",
+                f"{run['best_of_n']['recognition']['value']:.2f}"])
+    line("mean", [f"{mean('base', k):.2f} \u2192 {mean('tuned', k):.2f}" for k in columns.values()]
+         + [f"{mean('tuned_minus_base', 'recognition'):+.2f}", f"{mean('preference'):.2f}",
+            f"{mean('tuned_minus_base', 'loudness'):+.1f} dB",
+            f"{mean('best_of_n', 'recognition'):.2f}"])
+    return "\n".join(lines)
+
+
+def test_the_readme_shows_what_was_measured(capsys):
+    """The table is that of the committed evaluations; the log is that of the committed demo run."""
+    readme = (HERE / "README.md").read_text()
+    assert seeds_table() in readme
+    cfg = clap_ppo.Config(**json.loads((HERE / "samples/demo/config.json").read_text()))
+    rows = [json.loads(x) for x in (HERE / "samples/demo/metrics.jsonl").read_text().splitlines()]
+    shown = re.findall(r"^epoch +(\d+)/.*$", readme, flags=re.M)
+    assert len(shown) >= 3 and len(rows) == cfg.epochs
+    for epoch in shown:
+        clap_ppo.print_epoch(rows[int(epoch) - 1], cfg)
+        assert capsys.readouterr().out.strip() in readme
+    result = json.loads((HERE / "samples/demo/evaluation.json").read_text())
+    clap_ppo.print_evaluation(result)
+    assert capsys.readouterr().out.strip() in readme
+
+
 def toy_sounds():
     """samples/toy_sounds.py as a module."""
     from importlib.util import module_from_spec, spec_from_file_location
@@ -1742,3 +1798,284 @@ def test_the_toy_world_is_rebuilt_by_its_script(tmp_path):
     mel_rate = pipeline.vocoder.config.sampling_rate
     assert clap_ppo.clap_reward(clap, tone(300, mel_rate), mel_rate, ["snoring"]).isfinite().all()
     assert judge.config.projection_dim > 0
+
+
+# =================================================================================================
+# 9. Hear it: the page, in a real browser
+# =================================================================================================
+
+NASTY = ["<script>window.pwned = 1</script> wind", 'a "quoted" \'dog\' & <b>cat</b>',
+         "a bird \U0001f426", "\u0643\u0644\u0628 \u064a\u0646\u0628\u062d",
+         "</script><img src=x onerror='window.pwned = 1'>"]
+PAGE_PROMPTS = NASTY + [f"prompt number {i} of a long file, all different" for i in range(59)]
+
+
+@pytest.fixture(scope="session")
+def page_folder(tmp_path_factory) -> Path:
+    """The page of a run with 64 prompts. Base clips are low tones, tuned clips high and louder."""
+    run = tmp_path_factory.mktemp("page") / "run"
+    run.mkdir()
+    count = len(PAGE_PROMPTS)
+    own = torch.eye(count)[:, None]
+
+    def clips(first, level, judge):
+        pitches = [first + 10 * i for i in range(count)]
+        waveforms = torch.cat([level * tone(pitch, 16000, 2.56) for pitch in pitches])[:, None]
+        return clap_ppo.Clips(waveforms, torch.rand(count, 1, generator=seeded(first)),
+                              judge * own, torch.ones(count, 1, 4))
+
+    base, tuned = clips(200, 0.1, 0.3), clips(2000, 0.5, 0.6)
+    rows = clap_ppo.save_clips(run, base, tuned, PAGE_PROMPTS, 16000)
+    metrics = [{"epoch": i + 1, "reward": 0.3 + 0.004 * i, "loss": 0.123456789012,
+                **({"judge_score": 0.4} if i % 10 == 9 else {})} for i in range(100)]
+    clap_ppo.save_page(run, config(), rows, clap_ppo.compare(base, tuned), metrics, 16000)
+    return run
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Debian's Chromium, driven by playwright; neither is needed to use this project."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not Path("/usr/bin/chromium").exists():
+        pytest.skip("Chromium is not installed (apt-get install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium",
+                                             args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, page_folder):
+    """The page as a double click opens it, offline; errors in its scripts fail the test."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+    asked, errors = [], []
+    page = context.new_page()
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto((page_folder / "index.html").as_uri())
+    yield page
+    assert errors == [] and [url for url in asked if not url.startswith(("file:", "blob:"))] == []
+    context.close()
+
+
+def page_data(folder: Path) -> dict:
+    text = (folder / "data.js").read_text()
+    return json.loads(text.removeprefix("window.CLAP_PPO_RUN = ").removesuffix(";\n"))
+
+
+def test_nothing_about_a_clip_file_tells_which_model_made_it(page_folder):
+    """Both clips of a pair are equally loud, as long, and named by a hash; the hash is no order."""
+    import soundfile
+    rows = page_data(page_folder)["rows"]
+    lower_name = 0
+    for row in rows:
+        waves = {side: soundfile.read(page_folder / row[side]["file"])[0]
+                 for side in ("base", "tuned")}
+        level = {side: 10 * math.log10((wave ** 2).mean()) for side, wave in waves.items()}
+        assert level["base"] == pytest.approx(level["tuned"], abs=0.05), "decibels"
+        assert waves["base"].shape == waves["tuned"].shape == (40960,)
+        for side in waves:
+            assert re.fullmatch(r"clips/[0-9a-f]{16}\.wav", row[side]["file"])
+        lower_name += row["base"]["file"] < row["tuned"]["file"]
+    assert 16 <= lower_name <= 48, "of 64"
+
+
+def test_a_silent_clip_stays_silent_and_does_not_silence_the_other(tmp_path):
+    """Equal loudness with silence would be silence."""
+    import soundfile
+    silent = make_clips(torch.zeros(1, 1, 1), waveforms=torch.zeros(1, 1, 40960))
+    loud = make_clips(torch.zeros(1, 1, 1), waveforms=tone(440, 16000, 2.56)[None])
+    row, = clap_ppo.save_clips(tmp_path, silent, loud, ["wind"], 16000)
+    waves = [soundfile.read(tmp_path / row[side]["file"])[0] for side in ("base", "tuned")]
+    assert not waves[0].any() and (waves[1] ** 2).mean() ** 0.5 == pytest.approx(0.01, rel=0.02)
+
+
+def test_the_mel_picture_is_where_the_sound_is():
+    """Four bits a cell, columns of 32 bands: a tone lights its band, silence before it none."""
+    import base64
+    wave = torch.cat([torch.zeros(20480), tone(3000, 16000)[0, :20480]])
+    cells = base64.b64decode(clap_ppo.mel_picture(wave, 16000))
+    picture = np.array([[b >> 4, b & 15] for b in cells]).reshape(48, 32)
+    assert picture[:20].max() == 0 and (picture[30:44].max(axis=1) >= 13).all()
+    mel = [2595 * math.log10(1 + hertz / 700) for hertz in (3000, 8000)]
+    assert abs(picture[30:44].sum(axis=0).argmax() - (33 * mel[0] / mel[1] - 1)) <= 1
+
+
+def test_the_page_of_64_prompts_is_light(page_folder):
+    """Under 200 KiB besides the clips."""
+    files = [page_folder / name for name in ("index.html", "data.js")]
+    assert sum(file.stat().st_size for file in files) < 200 * 1024
+
+
+def test_every_player_loads_its_clip(page, page_folder):
+    """From disk, in a browser: 64 rows, two players each, all with their 2.56 seconds."""
+    players = "[...document.querySelectorAll('#rows audio')]"
+    page.evaluate(f"{players}.forEach(a => a.load())")
+    page.wait_for_function(f"{players}.every(a => a.readyState > 0)")
+    assert page.evaluate(f"{players}.map(a => a.duration)") == [2.56] * 128
+    files = page.evaluate(f"{players}.map(a => a.getAttribute('src'))")
+    assert files == [row[side]["file"] for row in page_data(page_folder)["rows"]
+                     for side in ("base", "tuned")]
+
+
+def test_prompts_are_text_whatever_they_contain(page):
+    """Tags, quotes, emoji and Arabic appear as written, and nothing in them runs."""
+    assert page.locator("#rows h3").all_text_contents() == PAGE_PROMPTS
+    assert page.evaluate("window.pwned") is None
+
+
+def test_rows_sort_by_what_was_gained(page, page_folder):
+    """The table of results is that of evaluation.json."""
+    page.select_option("#sort", "reward")
+    rows = sorted(page_data(page_folder)["rows"],
+                  key=lambda row: row["base"]["reward"] - row["tuned"]["reward"])
+    assert page.locator("#rows h3").all_text_contents() == [row["prompt"] for row in rows]
+    assert "0.300 [0.300, 0.300]" in page.locator("#summary").text_content()
+
+
+def pooling():
+    """samples/pool_listeners.py as a module."""
+    from importlib.util import module_from_spec, spec_from_file_location
+    spec = spec_from_file_location("pool_listeners", HERE / "samples/pool_listeners.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def start_blind_test(page, size="8"):
+    page.locator("#to-blind").focus()
+    page.keyboard.press("Enter")
+    page.select_option("#size", size)
+    page.keyboard.press("Escape")
+    page.locator("button.main").focus()
+    page.keyboard.press("Enter")
+
+
+def test_the_blind_test_by_keyboard_and_its_rates(page, tmp_path, capsys):
+    """Eight pairs and sixteen clips, answered with keys alone: this listener recognises every tuned
+    clip and no base clip, and prefers tuned in six pairs, base in one, neither in one. A reload in
+    the middle loses nothing. The rates on the page are those that Python finds in the downloaded
+    file, and that pooling finds in it."""
+    start_blind_test(page)
+    state = "JSON.parse(localStorage.getItem(KEY))"
+    for question in range(24):
+        assert f"Question {question + 1} of 24" in page.locator("#stage").text_content()
+        item = page.evaluate(f"{state}.plan[{question}]")
+        if question in (3, 15):
+            page.reload()
+            page.evaluate("mode('blind')")
+            assert page.evaluate(f"{state}.given.length") == question
+        if item["task"] == "pairs":
+            page.keyboard.press("a")
+            source = page.evaluate("document.getElementById('player').getAttribute('src')")
+            assert source == page.evaluate(f"run.rows[{item['row']}].{item['a']}.file")
+            tuned = "1" if item["a"] == "tuned" else "2"
+            page.keyboard.press("0" if question == 0 else {"1": "2", "2": "1"}[tuned]
+                                if question == 1 else tuned)
+        else:
+            page.keyboard.press("p")
+            own = page.evaluate(f"run.rows[{item['row']}].prompt")
+            right = item["captions"].index(own)
+            assert len(set(item["captions"])) == 4
+            page.keyboard.press(str(1 + (right if item["side"] == "tuned" else (right + 1) % 4)))
+    with page.expect_download() as download:
+        page.keyboard.press("j")
+    file = tmp_path / "listener.json"
+    download.value.save_as(file)
+    data, pool = json.loads(file.read_text()), pooling()
+    answers, listeners = pool.read_answers([str(file)])
+    rates = pool.pooled_rates(answers)
+    assert listeners == 1 and [rate["value"] for rate in rates.values()] == [6.5 / 8, 0, 1]
+    for name, rate in rates.items():
+        shown = page.locator(f"#{name}").text_content()
+        assert [float(x) for x in re.findall(r"[\d.]+", shown)] == pytest.approx(
+            [rate["value"], rate["low"], rate["high"]], abs=5.1e-4)
+        assert data["rates"][name] == pytest.approx(rate)
+    assert pool.main([str(file)]) == 0 and "0.812 [" in capsys.readouterr().out
+    with page.expect_download() as download:
+        page.keyboard.press("c")
+    download.value.save_as(tmp_path / "listener.csv")
+    assert len((tmp_path / "listener.csv").read_text().splitlines()) >= 25
+
+
+def test_going_back_takes_an_answer_back(page):
+    """A slip of the finger is not an answer."""
+    start_blind_test(page)
+    page.keyboard.press("1")
+    page.keyboard.press("Backspace")
+    assert page.evaluate("state.given") == []
+    page.keyboard.press("2")
+    assert page.evaluate("state.given") == ["b"]
+
+
+def test_the_blind_order_cannot_be_predicted(page):
+    """Of 2,000 plans: the tuned clip is A in half of the questions, at every place; prompts and
+    sides of single clips come in any order; the own caption is at each of the four places. Bounds
+    are four standard deviations wide."""
+    found = page.evaluate("""() => {
+        const count = (list, size) => list.reduce((n, i) => (n[i]++, n), Array(size).fill(0));
+        const plans = [...Array(2000)].map(() => makePlan(8));
+        const at = i => plans.map(plan => plan[i]);
+        return {
+            a: [...Array(8).keys()].map(i => at(i).filter(x => x.a === "tuned").length),
+            first: count(at(0).map(x => x.row), 64),
+            side: [8, 15, 23].map(i => at(i).filter(x => x.side === "tuned").length),
+            caption: count(at(10).map(x => x.captions.indexOf(run.rows[x.row].prompt)), 4),
+            tied: plans.filter(plan => plan[0].a === plan[1].a).length};
+    }""")
+    for count in [*found["a"], *found["side"], found["tied"]]:
+        assert abs(count - 1000) <= 4 * math.sqrt(500)
+    assert all(abs(n - 500) <= 4 * math.sqrt(375) for n in found["caption"])
+    assert sum(found["first"]) == 2000 and max(found["first"]) <= 31.25 + 5 * math.sqrt(31.25)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_is_accessible_and_fits_a_phone(page, scheme, width):
+    """No finding of axe, the checker behind most audits, in both modes; no sideways scrolling."""
+    axe = Path(os.environ.get("AXE_JS", "node_modules/axe-core/axe.min.js"))
+    if not axe.exists():
+        pytest.skip("axe-core is not there (npm install axe-core; AXE_JS=.../axe.min.js)")
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme=scheme)
+    page.evaluate(axe.read_text())
+
+    def findings():
+        result = page.evaluate("axe.run(document, {resultTypes: ['violations', 'passes']})")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert len(result["passes"]) >= 10
+        return [(v["id"], v["nodes"][0]["target"]) for v in result["violations"]]
+
+    assert findings() == []
+    start_blind_test(page)
+    assert findings() == []
+    page.evaluate("state.given = state.plan.slice(0, -16).map(() => 'a'); drawStage(true)")
+    assert findings() == []
+    page.evaluate("state.given = state.plan.map(x => x.captions ? 0 : 'a'); drawStage(true)")
+    assert findings() == []
+
+
+@pytest.mark.parametrize("text, complaint", [
+    ("not json", "not a download"), ("{}", "not a download"), ("[]", "not a download"),
+    ('{"listener": "1", "run": "r", "answers": [{"task": "preference", "chosen": "me"}]}', "'me'")])
+def test_files_that_no_listener_made_are_not_pooled(tmp_path, capsys, text, complaint):
+    """One line that names the file, exit code 2."""
+    (tmp_path / "l.json").write_text(text)
+    assert pooling().main([str(tmp_path / "l.json")]) == 2
+    err = capsys.readouterr().err
+    assert "l.json" in err and complaint in err and len(err.splitlines()) == 1
+
+
+def test_no_listener_counts_twice_and_no_two_runs_are_mixed(tmp_path, capsys):
+    """Copies of a file, and files of another run, would make intervals that are too narrow."""
+    answers = [{"task": "preference", "chosen": "tuned"}, {"task": "preference", "chosen": "none"}]
+    for name, listener, run in (("a", "1", "r"), ("b", "2", "r"), ("c", "1", "r"), ("d", "3", "s")):
+        data = {"listener": listener, "run": run, "answers": answers}
+        (tmp_path / name).write_text(json.dumps(data))
+    pool, paths = pooling(), {name: str(tmp_path / name) for name in "abcd"}
+    assert pool.main([paths["a"], paths["b"]]) == 0
+    assert "2 listeners, 4 answers" in (out := capsys.readouterr().out) and "0.750 [" in out
+    assert pool.main([paths["a"], paths["c"]]) == 2 and "again" in capsys.readouterr().err
+    assert pool.main([paths["a"], paths["d"]]) == 2 and "one run" in capsys.readouterr().err
+    assert pool.main([]) == 2

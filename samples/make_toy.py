@@ -1,6 +1,6 @@
 """Train the toy world of clap_ppo.py from seeds: a text-to-audio model, a reward and a judge.
 
-    python samples/make_toy.py                  # everything, in order: about 100 minutes of one core
+    python samples/make_toy.py                  # everything, all in order: about 90 core minutes
     python samples/make_toy.py --stage unet     # one stage; its inputs must exist
     python samples/make_toy.py --fast --out DIR # tiny budgets, to check that all stages run
 
@@ -11,10 +11,10 @@ Everything is an instance of the class that the real models use, in the file for
     samples/toy/judge/      transformers.ClapModel, trained apart                 -> the judge
 
     STAGE render     seeded procedural sounds with captions                         toy_sounds.py
-    STAGE text       RoBERTa-type tokenizer, and a text encoder that learns to name a caption's events
+    STAGE text       tokenizer, and a text encoder that learns to name a caption's events
     STAGE vae        AutoencoderKL: log-mel (1, 128, 64) <-> latents (8, 16, 8)
-    STAGE vocoder    SpeechT5HifiGan: log-mel -> waveform; starts as an oscillator bank, spectral losses
-    STAGE unet       the diffusion model; 30 % of its captions are wrong, as captions on the web are,
+    STAGE vocoder    SpeechT5HifiGan: log-mel -> waveform; starts as an oscillator bank
+    STAGE unet       the diffusion model; 30 % of its captions are wrong, like some on the web,
                      so it learns to ignore part of its prompt: what PPO is there to mend
     STAGE clap       the reward model, contrastive, on true captions
     STAGE judge      another CLAP: other class, sizes, seed and clips, vocoded and noisy copies too
@@ -53,7 +53,7 @@ WRONG_CAPTIONS = 0.3         # share of the U-Net's captions that are wrong
 # ------------------------------------------------------------------------------------------------
 
 def log_mel(waveforms: torch.Tensor, n_fft: int = 1024, hop: int = HOP, mels: int = MELS):
-    """Log-mel spectrogram, standardised to about zero mean and unit range: what VAE and vocoder speak.
+    """Log-mel spectrogram, standardised to about unit range: what VAE and vocoder speak.
 
     Args: waveforms (B, samples) at 16 kHz. Returns: (B, samples // hop, mels).
     """
@@ -64,7 +64,7 @@ def log_mel(waveforms: torch.Tensor, n_fft: int = 1024, hop: int = HOP, mels: in
             SAMPLE_RATE, n_fft=n_fft, hop_length=hop, n_mels=mels, f_max=8000, power=1,
             norm="slaney", mel_scale="slaney")
     mel = _MEL_CACHE[key](waveforms)[..., :-1].transpose(1, 2)     # the last, half-empty frame goes
-    return (torch.log(mel.clamp(min=1e-5)) + 6.0) / 2.5            # log range -11.5 .. 2 -> -2.2 .. 3.2
+    return (torch.log(mel.clamp(min=1e-5)) + 6.0) / 2.5            # -11.5 .. 2 -> -2.2 .. 3.2
 
 
 _MEL_CACHE: dict = {}
@@ -72,7 +72,7 @@ _MEL_CACHE: dict = {}
 
 def train(name, module, loss_fn, args, steps, lr, batch, betas=(0.9, 0.99), weight_decay=0.0,
           ema_decay=None):
-    """Module trained for `steps` steps of AdamW (warm-up, cosine), resumable; saved as build/name.pt.
+    """Module trained for `steps` steps of AdamW (warm-up, cosine), resumable; build/name.pt.
 
     loss_fn(step, generator, batch) -> scalar loss. With `ema_decay` the averaged weights are saved.
     """
@@ -81,7 +81,8 @@ def train(name, module, loss_fn, args, steps, lr, batch, betas=(0.9, 0.99), weig
         module.load_state_dict(torch.load(done, weights_only=True))
         return module.eval()
     steps, batch = (3, 4) if args.fast else (int(steps * args.scale), batch)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=betas,
+                                  weight_decay=weight_decay)
     ema = {k: v.detach().clone() for k, v in module.state_dict().items()} if ema_decay else None
     start = 0
     if partial.exists():
@@ -93,7 +94,8 @@ def train(name, module, loss_fn, args, steps, lr, batch, betas=(0.9, 0.99), weig
     saved, smooth = time.time(), None
     bar = tqdm(range(start, steps), desc=name, mininterval=20, initial=start, total=steps)
     for step in bar:
-        warm = min(1.0, (step + 1) / 100) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        warm = min(1.0, (step + 1) / 100) * (0.05 + 0.95 * cosine)
         for group in optimizer.param_groups:
             group["lr"] = lr * warm
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
@@ -191,7 +193,7 @@ def mels_of(args, split):
 # ------------------------------------------------------------------------------------------------
 
 def make_tokenizer():
-    """RobertaTokenizer (byte-level BPE) whose every toy word is one token; other text falls to bytes.
+    """RobertaTokenizer (byte-level BPE): every toy word is one token; other text falls to bytes.
 
     Token ids start as RoBERTa's do: <s> 0, <pad> 1, </s> 2, <unk> 3.
     """
@@ -230,7 +232,7 @@ def make_text_encoder(vocab_size):
 
 
 def attributes(scene):
-    """What the text encoder must name: for each event 0 absent, 1 all the time, 2-5 first to fourth."""
+    """What the text encoder must name: per event 0 absent, 1 all the time, 2-5 first to fourth."""
     relation, events = scene
     labels = torch.zeros(len(toy_sounds.EVENTS), dtype=torch.long)
     names = list(toy_sounds.EVENTS)
@@ -240,10 +242,11 @@ def attributes(scene):
 
 
 def text_stage(args):
-    """Text encoder (a stand-in for CLAP's pre-trained one), trained to name events and their order."""
+    """Text encoder (in place of CLAP's pre-trained one), trained to name events and their order."""
     tokenizer = make_tokenizer()
     encoder = make_text_encoder(len(tokenizer))
-    module = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(EMBED, len(toy_sounds.EVENTS) * 6)})
+    head = nn.Linear(EMBED, len(toy_sounds.EVENTS) * 6)
+    module = nn.ModuleDict({"encoder": encoder, "head": head})
 
     def loss_fn(step, generator, batch):
         rng = np.random.default_rng(step)
@@ -260,8 +263,9 @@ def text_stage(args):
 
 @torch.no_grad()
 def embed_captions(tokenizer, encoder, captions):
-    return torch.cat([F.normalize(encoder(**tokenize(tokenizer, captions[i:i + 500])).text_embeds, dim=-1)
-                      for i in range(0, len(captions), 500)])
+    embeds = [encoder(**tokenize(tokenizer, captions[i:i + 500])).text_embeds
+              for i in range(0, len(captions), 500)]
+    return F.normalize(torch.cat(embeds), dim=-1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -305,7 +309,8 @@ def make_vocoder():
         model_in_dim=MELS, sampling_rate=SAMPLE_RATE, upsample_initial_channel=64,
         upsample_rates=[20, 16], upsample_kernel_sizes=[40, 32], resblock_kernel_sizes=[3],
         resblock_dilation_sizes=[[1]], normalize_before=False, initializer_range=0.02))
-    filters = torchaudio.functional.melscale_fbanks(513, 0, 8000, MELS, SAMPLE_RATE, "slaney", "slaney")
+    filters = torchaudio.functional.melscale_fbanks(513, 0, 8000, MELS, SAMPLE_RATE, "slaney",
+                                                    "slaney")
     centre = torch.linspace(0, 8000, 513)[filters.argmax(dim=0)]
     centre = (centre / 50).round() * 50                                   # Hz, harmonics of 50
     with torch.no_grad():
@@ -358,10 +363,12 @@ def vocoder_stage(args):
         clips = draw(generator, len(mels), batch).tolist()
         starts = draw(generator, FRAMES - frames + 1, batch).tolist()
         mel = torch.stack([mels[c, s:s + frames] for c, s in zip(clips, starts)]).float()
-        wave = to_float(np.stack([waves[c, s * HOP:(s + frames) * HOP] for c, s in zip(clips, starts)]))
+        wave = to_float(np.stack([waves[c, s * HOP:(s + frames) * HOP]
+                                  for c, s in zip(clips, starts)]))
         return spectral_loss(vocoder(mel), wave)
 
-    return train("vocoder", vocoder, loss_fn, args, steps=2500, lr=2e-3, batch=16, betas=(0.8, 0.99))
+    return train("vocoder", vocoder, loss_fn, args, steps=2500, lr=2e-3, batch=16,
+                 betas=(0.8, 0.99))
 
 
 @torch.no_grad()
@@ -416,8 +423,9 @@ def unet_stage(args):
     rng = np.random.default_rng(4)
     told = [toy_sounds.mislabel(scene, rng, WRONG_CAPTIONS) for scene in scenes]
     if not (args.build / "unet.pt").exists():
-        texts = torch.stack([embed_captions(tokenizer, encoder, [write_caption(s, rng) for s in told])
-                             for _ in range(3)])
+        texts = torch.stack([
+            embed_captions(tokenizer, encoder, [write_caption(s, rng) for s in told])
+            for _ in range(3)])
     empty = embed_captions(tokenizer, encoder, [""])
     abar = make_scheduler().alphas_cumprod
 
@@ -449,7 +457,8 @@ def contrastive_loss(audio, text, scenes, log_scale):
 
     Args: audio, text (B, D), not normalised; scenes: list of B hashables; log_scale: scalar.
     """
-    logits = log_scale.exp().clamp(max=50) * F.normalize(audio, dim=-1) @ F.normalize(text, dim=-1).T
+    cosine = F.normalize(audio, dim=-1) @ F.normalize(text, dim=-1).T
+    logits = log_scale.exp().clamp(max=50) * cosine
     ids = {scene: i for i, scene in enumerate(dict.fromkeys(scenes))}
     label = torch.tensor([ids[scene] for scene in scenes])
     target = (label[:, None] == label[None]).float()
@@ -458,7 +467,7 @@ def contrastive_loss(audio, text, scenes, log_scale):
 
 
 def clap_sizes(vocab_size):
-    """clap.json: a laion_clap model configuration, with the sizes that its own names do not reach."""
+    """clap.json: a laion_clap model configuration, and the sizes that its names do not reach."""
     return {
         "embed_dim": 96, "joint_embed_shape": 128,
         "audio_cfg": {"audio_length": 64, "clip_samples": 61440, "mel_bins": 64,
@@ -478,14 +487,15 @@ def clap_sizes(vocab_size):
 
 
 def clap_features(clap, waves):
-    """The log-mel input of laion_clap's audio branch, (N, 1, frames, 64), from int16 clips at 16 kHz."""
+    """The log-mel input of laion_clap's audio branch, (N, 1, frames, 64), from int16 clips."""
     import torchaudio
     parts = []
     for i in tqdm(range(0, len(waves), 50), desc="clap features", mininterval=20):
         x = torchaudio.functional.resample(to_float(waves[i:i + 50]), SAMPLE_RATE,
                                            clap.audio_cfg.sample_rate)
         with torch.no_grad():
-            parts.append(clap.audio_branch.logmel_extractor(clap.audio_branch.spectrogram_extractor(x)))
+            branch = clap.audio_branch
+            parts.append(branch.logmel_extractor(branch.spectrogram_extractor(x)))
     return torch.cat(parts)
 
 
@@ -520,11 +530,12 @@ def clap_stage(args):
         return contrastive_loss(clap_audio(clap, features[clips] + gain),
                                 clap.encode_text(tokens, "cpu"), picked, clap.logit_scale_a)
 
-    return train("clap", clap, loss_fn, args, steps=1800, lr=2e-3, batch=64, weight_decay=0.01), tokenizer
+    clap = train("clap", clap, loss_fn, args, steps=1800, lr=2e-3, batch=64, weight_decay=0.01)
+    return clap, tokenizer
 
 
 def make_judge(vocab_size):
-    """ClapModel and its feature extractor: 16 kHz, other window, hop, sizes and seed than the reward."""
+    """ClapModel and feature extractor: 16 kHz, other window, hop, sizes, seed than the reward."""
     from transformers import ClapConfig, ClapFeatureExtractor, ClapModel
     torch.manual_seed(16)
     config = ClapConfig(
@@ -533,8 +544,9 @@ def make_judge(vocab_size):
                          max_position_embeddings=MAX_TOKENS + 3, hidden_dropout_prob=0.0,
                          attention_probs_dropout_prob=0.0),
         audio_config=dict(num_mel_bins=64, spec_size=64, patch_size=4, patch_stride=[4, 4],
-                          patch_embeds_hidden_size=24, depths=[2, 2, 2], num_attention_heads=[3, 6, 12],
-                          num_hidden_layers=3, hidden_size=96, projection_dim=96, num_classes=12,
+                          patch_embeds_hidden_size=24, depths=[2, 2, 2],
+                          num_attention_heads=[3, 6, 12], num_hidden_layers=3, hidden_size=96,
+                          projection_dim=96, num_classes=12,
                           window_size=4, hidden_dropout_prob=0.0, drop_path_rate=0.0),
         projection_dim=96)
     extractor = ClapFeatureExtractor(
@@ -559,8 +571,9 @@ def judge_features(args, waves):
     from multiprocessing import get_context
     jobs = [(np.asarray(waves[i:i + 100]), i) for i in range(0, len(waves), 100)]
     with get_context("spawn").Pool(args.threads) as pool:
-        return torch.from_numpy(np.concatenate(list(tqdm(
-            pool.imap(_judge_block, jobs), total=len(jobs), desc="judge features", mininterval=20))))
+        blocks = tqdm(pool.imap(_judge_block, jobs), total=len(jobs), desc="judge features",
+                      mininterval=20)
+        return torch.from_numpy(np.concatenate(list(blocks)))
 
 
 def judge_stage(args):
@@ -579,7 +592,8 @@ def judge_stage(args):
         gain = 4 * torch.randn(batch, 1, 1, 1, generator=generator)
         picked = [scenes[i] for i in clips.tolist()]
         tokens = tokenize(tokenizer, [write_caption(s, rng) for s in picked])
-        audio = judge.get_audio_features(input_features=features[clips].float() + gain).pooler_output
+        heard = features[clips].float() + gain
+        audio = judge.get_audio_features(input_features=heard).pooler_output
         text = judge.get_text_features(**tokens).pooler_output
         return contrastive_loss(audio, text, picked, judge.logit_scale_a)
 
@@ -596,7 +610,8 @@ def export_stage(args):
     from diffusers import AudioLDMPipeline
     from transformers import ClapProcessor
     vae, tokenizer, encoder, unet = unet_stage(args)
-    pipeline = AudioLDMPipeline(vae, encoder, tokenizer, unet, make_scheduler(), vocoder_stage(args))
+    pipeline = AudioLDMPipeline(vae, encoder, tokenizer, unet, make_scheduler(),
+                                vocoder_stage(args))
     pipeline.to(torch.float16).save_pretrained(args.out / "pipeline")
     (args.out / "pipeline" / "vocabulary.txt").write_text("\n".join(toy_sounds.vocabulary()) + "\n")
     clap, _ = clap_stage(args)
@@ -621,7 +636,8 @@ def main():
     parser.add_argument("--out", type=Path, default=HERE / "toy", help="folder to write")
     parser.add_argument("--build", type=Path, default=None,
                         help="folder for rendered clips and checkpoints (default: OUT with .build)")
-    parser.add_argument("--fast", action="store_true", help="16 clips, 3 steps a stage: a smoke test")
+    parser.add_argument("--fast", action="store_true",
+                        help="16 clips, 3 steps a stage: a smoke test")
     parser.add_argument("--scale", type=float, default=1.0, help="scales clips and steps")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0, help="seed of the batches")
