@@ -238,12 +238,13 @@ def option(default, help: str, *limits, choices=None):
 class Config:
     """Every setting of a run; flags are made from the fields. The defaults are the toy preset's."""
     prompts: str = option("", "text file, one training prompt per line; # starts a comment line")
-    eval_prompts: str = option("", "held-out prompts (default: eval_prompts.txt beside --prompts "
-                               "if there is one, else every fourth training prompt)")
-    preset: str = option("toy", "named set of defaults", choices=("toy", "audioldm"))
+    eval_prompts: str = option("", "held-out prompts (default: eval_FILE beside --prompts FILE if "
+                               "there is one, else every fourth training prompt)")
+    preset: str = option("toy", "named set of defaults", choices=("toy", "audioldm", "audioldm2"))
     out: str = option("", "run directory, must not exist (default: runs/PRESET-1, -2, ...)")
-    model: str = option("samples/toy/pipeline", "AudioLDM pipeline: folder or hub id")
-    clap: str = option("samples/toy/clap.pt", "the reward: a laion-clap checkpoint file")
+    model: str = option("samples/toy/pipeline", "AudioLDM or AudioLDM2 pipeline: folder or hub id")
+    clap: str = option("samples/toy/clap.pt", "the reward: a laion-clap checkpoint, a file or "
+                       "OWNER/REPO/FILE on the hub")
     judge: str = option("samples/toy/judge", "a transformers ClapModel that is only asked, never "
                         "trained against: folder or hub id")
     seconds: float = option(2.56, "length of a clip", 0.1, 60)
@@ -256,7 +257,7 @@ class Config:
     shared_noise: bool = option(True, "the clips of a prompt start from one noise x_T")
     train_steps: int = option(0, "noisy steps per clip that are trained, drawn at random; 0 = all",
                               0, 1000)
-    epochs: int = option(55, "rounds of rollout and update", 1, 10 ** 6)
+    epochs: int = option(60, "rounds of rollout and update", 1, 10 ** 6)
     prompts_per_epoch: int = option(8, "P, prompts per epoch", 1, 10 ** 4)
     clips_per_prompt: int = option(16, "K; a clip's advantage is relative to the other clips of "
                                   "its prompt", 2, 1000)
@@ -268,13 +269,14 @@ class Config:
     clip_range: float = option(1e-4, "PPO's clip range in nats per element for D = 16,384 latents: "
                                "1.6 nats per clip; scaled by 16384 / D for others", 1e-9, 1)
     kl_weight: float = option(0.0, "weight of the KL to the base model, per element", 0, 1000)
-    ema: float = option(0.9, "the judged and saved adapter averages the last epochs' weights with "
+    ema: float = option(0.95, "the judged and saved adapter averages the last epochs' weights with "
                         "this decay per epoch; 0 = the last weights", 0, 0.999)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 = never", 0, 1e6)
     lora_rank: int = option(8, "rank of the adapter's weight updates", 1, 1024)
     micro_batch: int = option(128, "clips per network call: memory, never the result", 1, 10 ** 4)
     eval_noises: int = option(4, "clips per held-out prompt, and the n of best-of-n", 1, 1000)
     judge_every: int = option(10, "epochs between questions to the judge; 0 = never", 0, 10 ** 6)
+    gradient_checkpointing: bool = option(False, "less memory, a third more time (AudioLDM only)")
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto = cuda if there is one")
     dtype: str = option("float32", "the U-Net's precision; the policy's maths is always float32",
                         choices=("float32", "bfloat16", "float16"))
@@ -290,12 +292,16 @@ class Config:
         return self.prompts_per_epoch * self.clips_per_prompt
 
 
-PRESETS: dict[str, dict] = {      # named sets of defaults, nothing else; any flag overrides them
+# Named sets of defaults, nothing else; any flag overrides them. For the real models: guidance is
+# their pipelines' own default; fewer steps than theirs, as rollouts are the cost; a learning rate
+# for weights 5 to 10 times as wide as the toy's; a clip of 5.12 s has latents of D = 16,384.
+REAL = dict(clap="lukewys/laion_clap/630k-audioset-best.pt", judge="laion/larger_clap_general",
+            seconds=5.12, num_steps=20, guidance_scale=2.5, epochs=100, learning_rate=1e-4,
+            dtype="bfloat16")
+PRESETS: dict[str, dict] = {
     "toy": {},
-    "audioldm": dict(model="cvssp/audioldm-s-full-v2", clap="630k-audioset-best.pt",
-                     judge="laion/larger_clap_general", seconds=5.12, num_steps=20,
-                     guidance_scale=2.5, epochs=100, learning_rate=1e-4, micro_batch=8,
-                     dtype="bfloat16"),
+    "audioldm": dict(REAL, model="cvssp/audioldm-s-full-v2", micro_batch=16),
+    "audioldm2": dict(REAL, model="cvssp/audioldm2", guidance_scale=3.5, micro_batch=8),
 }
 
 def check_config(cfg: Config) -> Config:
@@ -390,7 +396,8 @@ def read_prompts(path: str) -> dict[str, str]:
 
 def split_prompts(cfg: Config) -> tuple[dict[str, str], dict[str, str]]:
     """Training and held-out prompts as `read_prompts` gives them, without a prompt in common."""
-    train, beside = read_prompts(cfg.prompts), Path(cfg.prompts).with_name("eval_prompts.txt")
+    train, file = read_prompts(cfg.prompts), Path(cfg.prompts)
+    beside = file.with_name("eval_" + file.name)
     if cfg.eval_prompts or beside.exists():
         held_out = read_prompts(cfg.eval_prompts or str(beside))
         for prompt in (p for p in train if p in held_out):
@@ -412,20 +419,27 @@ def bundled(path: str) -> str:
     return str(HERE / path) if not Path(path).exists() and (HERE / path).exists() else path
 
 def load_pipeline(model: str, device: torch.device):
-    """AudioLDMPipeline in float32 and eval mode, with a DDIM scheduler.
+    """AudioLDMPipeline or AudioLDM2Pipeline in float32 and eval mode, with a DDIM scheduler.
 
     Args: model: a folder written by `save_pretrained`, or a hub id (downloaded once, cached).
-    Raises: UserError for a folder that is no pipeline, another kind of pipeline, or no network.
+    Raises: UserError for a folder that is no pipeline, another kind of pipeline, no network, or a
+        scheduler whose process is not DDIM's.
     """
     if Path(model).exists() and not Path(model, "model_index.json").is_file():
         raise UserError(f"--model {model}: no model_index.json, so not a diffusers pipeline folder")
     import_libraries()
     import diffusers
+    from transformers import GPT2LMHeadModel
+    parts = {}
     try:
         kind = diffusers.DiffusionPipeline.load_config(model)["_class_name"]
-        if kind != "AudioLDMPipeline":
-            raise UserError(f"--model {model}: a {kind}; only AudioLDMPipeline is supported")
-        pipeline = diffusers.AudioLDMPipeline.from_pretrained(model, dtype=torch.float32)
+        if kind == "AudioLDM2Pipeline":        # its index names GPT2Model, which cannot generate
+            parts["language_model"] = GPT2LMHeadModel.from_pretrained(
+                model, subfolder="language_model")
+        elif kind != "AudioLDMPipeline":
+            raise UserError(f"--model {model}: a {kind}; AudioLDMPipeline and AudioLDM2Pipeline "
+                            "are supported")
+        pipeline = getattr(diffusers, kind).from_pretrained(model, dtype=torch.float32, **parts)
     except UserError:
         raise
     except (OSError, ValueError, KeyError) as error:
@@ -433,8 +447,13 @@ def load_pipeline(model: str, device: torch.device):
                   "no such folder, and the hub cannot be reached or does not know it; "
                   "the bundled model needs no network: --preset toy")
         raise UserError(f"--model {model}: {remedy} ({first_line(error)})") from None
-    if type(pipeline.scheduler).__name__ != "DDIMScheduler":
-        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    settings = pipeline.scheduler.config
+    if ("beta_start" not in settings or settings.get("clip_sample") or settings.get("thresholding")
+            or settings.prediction_type not in ("epsilon", "v_prediction")):
+        name = type(pipeline.scheduler).__name__
+        raise UserError(f"--model {model}: its {name} has no betas, or clips or predicts samples: "
+                        "its steps are not the Gaussians of DDIM")
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(settings)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(device).eval().requires_grad_(False)
@@ -455,17 +474,39 @@ def import_libraries() -> None:
     warnings.filterwarnings("ignore", message="torch.meshgrid")             # laion_clap's HTSAT
 
 @torch.no_grad()
-def encode_prompts(pipeline, prompts: list[str]) -> dict[str, Tensor | None]:
-    """The U-Net's keyword arguments for N prompts: class_labels (N, E), normalised embeddings.
+def encode_prompts(pipeline, prompts: list[str]) -> tuple[dict, dict]:
+    """The U-Net's keyword arguments for N prompts, and those of its unconditional pass.
 
     The one function that knows how the model is conditioned: everything after it passes the
-    dictionary on, row by row.
+    dictionaries on, row by row. AudioLDM: class_labels (N, E), normalised. AudioLDM2: eight states
+    of its language model, the T5 states padded to the longest prompt, and their mask; one prompt at
+    a time, as the language model hears the padding: also that of "", which is padded to its prompt.
     """
+    device, count = pipeline.unet.device, len(prompts)
+    if hasattr(pipeline, "language_model"):                     # each tensor (2, ...): "", prompt
+        rows = [pipeline.encode_prompt(prompt, device, 1, True) for prompt in prompts]
+        longest = max(mask.shape[1] for _, mask, _ in rows)
+        both = {"encoder_hidden_states": [generated for _, _, generated in rows],
+                "encoder_hidden_states_1": [F.pad(states, (0, 0, 0, longest - states.shape[1]))
+                                            for states, _, _ in rows],
+                "encoder_attention_mask_1": [F.pad(mask, (0, longest - mask.shape[1]))
+                                             for _, mask, _ in rows]}
+        both = {key: torch.stack(value) for key, value in both.items()}
+        return {k: v[:, 1] for k, v in both.items()}, {k: v[:, 0] for k, v in both.items()}
     tokenizer = pipeline.tokenizer
-    tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt",
-                       max_length=tokenizer.model_max_length).to(pipeline.unet.device)
+    tokens = tokenizer([*prompts, ""], padding="max_length", truncation=True, return_tensors="pt",
+                       max_length=tokenizer.model_max_length).to(device)
     embeds = pipeline.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)
-    return {"class_labels": F.normalize(embeds.text_embeds, dim=-1), "encoder_hidden_states": None}
+    embeds = F.normalize(embeds.text_embeds, dim=-1)
+    return ({"class_labels": embeds[:-1], "encoder_hidden_states": None},
+            {"class_labels": embeds[-1:].expand(count, -1), "encoder_hidden_states": None})
+
+def free_text_encoders(pipeline) -> None:
+    """Every prompt is encoded: the encoders, larger than the U-Net, can go."""
+    for name in ("text_encoder", "text_encoder_2", "projection_model", "language_model"):
+        if hasattr(pipeline, name):
+            setattr(pipeline, name, None)
+    torch.cuda.empty_cache()
 
 def check_prompts(pipeline, model: str, prompts: dict[str, str]) -> None:
     """Warnings for prompts that the model cannot take whole: too long, or words it never saw."""
@@ -532,7 +573,7 @@ class Policy:
     schedule: Schedule
     prediction_type: str
     condition: dict          # U-Net keyword tensors, one row per prompt
-    uncondition: dict        # the same for the empty prompt, one row
+    uncondition: dict        # the same for the pass without the prompt
     guidance_scale: float
     latent_shape: tuple      # (C, H, W)
     micro_batch: int
@@ -548,9 +589,8 @@ def step_gaussian(policy: Policy, latents: Tensor, steps: Tensor, prompt_ids: Te
 
     Args: latents (B, C, H, W); steps, prompt_ids (B,) int64; eta (B,) or a number.
     """
-    condition = {k: v if v is None else v[prompt_ids] for k, v in policy.condition.items()}
-    uncondition = {k: v if v is None else v.expand(len(latents), *v.shape[1:])
-                   for k, v in policy.uncondition.items()}
+    condition, uncondition = ({k: v if v is None else v[prompt_ids] for k, v in table.items()}
+                              for table in (policy.condition, policy.uncondition))
     schedule = policy.schedule
     with torch.autocast(policy.device.type, policy.dtype, enabled=policy.dtype != torch.float32):
         output = guided_prediction(policy.unet, latents, schedule.timesteps[steps], condition,
@@ -694,6 +734,22 @@ def build_clap(sizes: dict) -> torch.nn.Module:
         clap.text_projection[0] = torch.nn.Linear(roberta.hidden_size, clap.joint_embed_shape)
     return clap.eval().requires_grad_(False)
 
+def find_checkpoint(checkpoint: str) -> Path:
+    """The file itself, or OWNER/REPO/FILE from the hub: fetched once, with a bar, resumable."""
+    from huggingface_hub import hf_hub_download
+    if Path(checkpoint).is_file():
+        return Path(checkpoint)
+    owner, _, rest = checkpoint.partition("/")
+    repo, _, name = rest.partition("/")
+    remedy = "official checkpoints such as lukewys/laion_clap/630k-audioset-best.pt are on the hub"
+    if not name or Path(owner).exists():
+        raise UserError(f"--clap {checkpoint}: no such file; {remedy}")
+    try:
+        return Path(hf_hub_download(f"{owner}/{repo}", name))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--clap {checkpoint}: no such file, and the hub cannot be reached or does "
+                        f"not know it ({first_line(error)}); {remedy}") from None
+
 def load_clap(checkpoint: str, tokenizer, device="cpu") -> torch.nn.Module:
     """laion_clap's CLAP with the weights of a checkpoint, and `tokenizer` attached as .tokenizer.
 
@@ -704,10 +760,7 @@ def load_clap(checkpoint: str, tokenizer, device="cpu") -> torch.nn.Module:
         many, or if the tokenizer tells two prompts apart no better than an empty one would.
     """
     import numpy as np
-    path = Path(checkpoint)
-    if not path.is_file():
-        raise UserError(f"--clap {checkpoint}: no such file; official checkpoints such as "
-                        "630k-audioset-best.pt are at huggingface.co/lukewys/laion_clap")
+    path = find_checkpoint(checkpoint)
     sizes = path.with_suffix(".json")
     if not sizes.exists():
         name = "HTSAT-base.json" if path.name.startswith("music") else "HTSAT-tiny.json"
@@ -803,6 +856,29 @@ def replay(policy: Policy, rows: dict, at: Tensor, cfg: Config) -> tuple[Tensor,
                                 rows["prompt_id"][at], cfg.eta)
     return gaussian_log_prob(rows["next_latents"][at], mean, sigma), mean, sigma
 
+def fit_micro_batch(policy: Policy, eta: float) -> None:
+    """Halves `policy.micro_batch` until a step and its gradient fit into memory.
+
+    Raises: UserError if not even one clip fits.
+    """
+    while True:
+        rows = policy.micro_batch
+        at = torch.zeros(rows, dtype=torch.int64, device=policy.device)
+        try:
+            latents = torch.zeros(rows, *policy.latent_shape, device=policy.device)
+            step_gaussian(policy, latents, at, at, eta)[0].mean().backward()
+            return
+        except torch.OutOfMemoryError:
+            pass                                 # outside of this block its tensors are freed
+        finally:
+            policy.unet.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        if rows == 1:
+            raise UserError("not even one clip fits into memory: use shorter --seconds, "
+                            "--gradient-checkpointing or --dtype bfloat16")
+        policy.micro_batch = rows // 2
+        warn(f"out of memory with {rows} clips per network call; going on with {rows // 2}")
+
 def check_on_policy(policy: Policy, rows: dict, at: Tensor, ratio: Tensor, cfg: Config) -> float:
     """Largest |ratio - 1| before the first update of an epoch: the cheapest bug detector there is.
 
@@ -844,7 +920,7 @@ def update(policy: Policy, optimizer, rows: dict, cfg: Config, done: int,
         order = torch.randperm(count, generator=generator).to(policy.device)
         for minibatch in progress_bar(order.chunk(cfg.updates_per_epoch), "update"):
             ratios = []
-            for at in minibatch.split(cfg.micro_batch):
+            for at in minibatch.split(policy.micro_batch):
                 log_prob, mean, sigma = replay(policy, rows, at, cfg)
                 loss, info = ppo_loss(log_prob, rows["log_prob"][at], rows["advantage"][at],
                                       clip_range)
@@ -1007,12 +1083,33 @@ def print_evaluation(result: dict) -> None:
 # ==== 10. Files of a run =========================================================================
 
 ADAPTER_FILE = "adapter.safetensors"
-ADAPTER_SNIPPET = """import torch
+LOAD_AUDIOLDM = """import torch
 from diffusers import AudioLDMPipeline
 pipe = AudioLDMPipeline.from_pretrained({model!r}, dtype=torch.float32)
 pipe.unet.load_lora_adapter({folder!r}, prefix=None, weight_name={file!r})
-audio = pipe(prompt, num_inference_steps={steps}, guidance_scale={guidance},
+"""
+LOAD_AUDIOLDM2 = """import torch                    # diffusers' own loader does not know this U-Net
+from diffusers import AudioLDM2Pipeline
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import GPT2LMHeadModel
+language_model = GPT2LMHeadModel.from_pretrained({model!r}, subfolder="language_model")
+pipe = AudioLDM2Pipeline.from_pretrained({model!r}, language_model=language_model)
+config = LoraConfig(r={rank}, lora_alpha={rank}, target_modules={targets})
+inject_adapter_in_model(config, pipe.unet)
+set_peft_model_state_dict(pipe.unet, load_file({folder!r} + "/" + {file!r}))
+"""
+GENERATE = """audio = pipe(prompt, num_inference_steps={steps}, guidance_scale={guidance},
              audio_length_in_s={seconds}).audios"""
+
+
+def adapter_snippet(pipeline, cfg: Config, run: Path) -> str:
+    """The lines that load the run's adapter into a plain pipeline."""
+    load = LOAD_AUDIOLDM2 if hasattr(pipeline, "language_model") else LOAD_AUDIOLDM
+    return (load + GENERATE).format(
+        model=bundled(cfg.model), folder=str(run / "adapter"), file=ADAPTER_FILE,
+        rank=cfg.lora_rank, targets=LORA_TARGETS, steps=cfg.num_steps,
+        guidance=cfg.guidance_scale, seconds=cfg.seconds)
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """`write(temporary)`, flushed, then renamed: a file is the old or the new, never half."""
@@ -1123,6 +1220,32 @@ def save_curve(run: Path, metrics: list[dict]) -> None:
 
 # ==== 11. The run ================================================================================
 
+def make_policy(pipeline, condition: dict, uncondition: dict, cfg: Config) -> Policy:
+    """The policy of a pipeline's U-Net and scheduler, for prompts as `encode_prompts` has them."""
+    unet, vocoder = pipeline.unet, pipeline.vocoder.config
+    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    frames = cfg.seconds * vocoder.sampling_rate / math.prod(vocoder.upsample_rates)
+    return Policy(
+        unet=unet, schedule=ddim_schedule(pipeline.scheduler, cfg.num_steps, unet.device),
+        prediction_type=pipeline.scheduler.config.prediction_type,
+        condition=condition, uncondition=uncondition, guidance_scale=cfg.guidance_scale,
+        micro_batch=cfg.micro_batch, dtype=getattr(torch, cfg.dtype), latent_shape=(
+            unet.config.in_channels, math.ceil(frames / factor), vocoder.model_in_dim // factor))
+
+def make_optimizer(policy: Policy, cfg: Config) -> torch.optim.Optimizer:
+    """AdamW on the weights of a new LoRA adapter; the micro-batch is cut to what memory allows."""
+    torch.manual_seed(cfg.seed)                  # LoRA's A matrices are random
+    optimizer = torch.optim.AdamW(add_lora(policy.unet, cfg.lora_rank), lr=cfg.learning_rate,
+                                  weight_decay=1e-4)
+    if cfg.gradient_checkpointing:
+        if type(policy.unet).__name__ != "UNet2DConditionModel":
+            raise UserError("--gradient-checkpointing: diffusers' AudioLDM2 U-Net loses its masks "
+                            "with it; leave it out and lower --micro-batch")
+        policy.unet.enable_gradient_checkpointing()
+    if policy.device.type == "cuda":
+        fit_micro_batch(policy, cfg.eta)
+    return optimizer
+
 def load_world(cfg: Config) -> SimpleNamespace:
     """All that a run needs, loaded and checked."""
     train, held_out = split_prompts(cfg)
@@ -1132,26 +1255,14 @@ def load_world(cfg: Config) -> SimpleNamespace:
     check_prompts(pipeline, bundled(cfg.model), {**train, **held_out})
     clap = load_clap(bundled(cfg.clap), pipeline.tokenizer, device)
     judge = load_judge(bundled(cfg.judge), device)
-    prompts, unet, vocoder = [*train, *held_out], pipeline.unet, pipeline.vocoder.config
-    condition = encode_prompts(pipeline, prompts + [""])
-    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-    frames = cfg.seconds * vocoder.sampling_rate / math.prod(vocoder.upsample_rates)
-    policy = Policy(
-        unet=unet, schedule=ddim_schedule(pipeline.scheduler, cfg.num_steps, device),
-        prediction_type=pipeline.scheduler.config.prediction_type,
-        condition={k: v if v is None else v[:-1] for k, v in condition.items()},
-        uncondition={k: v if v is None else v[-1:] for k, v in condition.items()},
-        guidance_scale=cfg.guidance_scale, micro_batch=cfg.micro_batch,
-        dtype=getattr(torch, cfg.dtype), latent_shape=(
-            unet.config.in_channels, math.ceil(frames / factor), vocoder.model_in_dim // factor))
-    torch.manual_seed(cfg.seed)                  # LoRA's A matrices are random
-    optimizer = torch.optim.AdamW(add_lora(unet, cfg.lora_rank), lr=cfg.learning_rate,
-                                  weight_decay=1e-4)
+    prompts = [*train, *held_out]
+    policy = make_policy(pipeline, *encode_prompts(pipeline, prompts), cfg)
+    free_text_encoders(pipeline)
     return SimpleNamespace(
         cfg=cfg, prompts=prompts, train_ids=list(range(len(train))),
         held_out_ids=list(range(len(train), len(prompts))), pipeline=pipeline, policy=policy,
-        reward=lambda *args: clap_reward(clap, *args), sample_rate=vocoder.sampling_rate,
-        judge=judge, optimizer=optimizer)
+        reward=lambda *args: clap_reward(clap, *args), judge=judge,
+        sample_rate=pipeline.vocoder.config.sampling_rate, optimizer=make_optimizer(policy, cfg))
 
 def train(world, run: Path, state: dict) -> dict:
     """The PPO loop, STEP 1 to 6, from `state["epoch"]` on. Returns the best adapter's record."""
@@ -1265,9 +1376,7 @@ def run(cfg: Config, resume: str) -> None:
         base = make_clips(world, *settings, "base")
     result = compare(base, tuned)
     write_json(run_dir / "evaluation.json", result)
-    snippet = ADAPTER_SNIPPET.format(
-        model=bundled(cfg.model), folder=str(run_dir / "adapter"), file=ADAPTER_FILE,
-        steps=cfg.num_steps, guidance=cfg.guidance_scale, seconds=cfg.seconds)
+    snippet = adapter_snippet(world.pipeline, cfg, run_dir)
     save_adapter(run_dir, best["adapter"], snippet)
     held_out = world.prompts[len(world.train_ids):]
     rows = save_clips(run_dir, base, tuned, held_out, world.sample_rate)

@@ -102,7 +102,7 @@ def painter_policy(num_steps=10, prompts=2, scheduler=None, adapter_noise=0.0, *
     for weight in weights:
         weight.data += adapter_noise * torch.randn(weight.shape, generator=seeded(3))
     condition = {"class_labels": torch.eye(prompts), "encoder_hidden_states": None}
-    nothing = {"class_labels": torch.full((1, prompts), 0.1), "encoder_hidden_states": None}
+    nothing = {"class_labels": torch.full((prompts, prompts), 0.1), "encoder_hidden_states": None}
     policy = clap_ppo.Policy(
         unet=unet, schedule=clap_ppo.ddim_schedule(scheduler or make_scheduler(), num_steps),
         prediction_type="epsilon", condition=condition, uncondition=nothing, guidance_scale=1.0,
@@ -128,6 +128,15 @@ def new_state() -> dict:
 def moved(rows: dict, clip_count: int) -> torch.Tensor:
     """Some advantages (R,), one per clip, handed to each of its rows."""
     return torch.linspace(-1, 1, clip_count)[rows["clip"]]
+
+
+def module(name: str):
+    """samples/NAME.py as a module."""
+    from importlib.util import module_from_spec, spec_from_file_location
+    spec = spec_from_file_location(name, HERE / f"samples/{name}.py")
+    loaded = module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 @pytest.fixture(scope="session")
@@ -325,7 +334,7 @@ def naive_rollout(policy, scheduler, starts, cfg, generator):
             x = clips[c][None]
             with torch.no_grad():
                 out = policy.unet(x, t[None], policy.condition["class_labels"][g:g + 1]).sample
-                empty = policy.unet(x, t[None], policy.uncondition["class_labels"]).sample
+                empty = policy.unet(x, t[None], policy.uncondition["class_labels"][g:g + 1]).sample
             out = empty + policy.guidance_scale * (out - empty)
             eta, draw = (cfg.eta, block[c][None]) if c in block else (0.0, torch.zeros_like(x))
             clips[c] = scheduler.step(out, t, x, eta=eta, variance_noise=draw).prev_sample[0]
@@ -1752,19 +1761,10 @@ def test_the_readme_shows_what_was_measured(capsys):
     assert capsys.readouterr().out.strip() in readme
 
 
-def toy_sounds():
-    """samples/toy_sounds.py as a module."""
-    from importlib.util import module_from_spec, spec_from_file_location
-    spec = spec_from_file_location("toy_sounds", HERE / "samples/toy_sounds.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_held_out_prompts_ask_for_what_was_never_asked_in_training():
     """No prompt in common, and at least half of the held-out pairs of events meet in no training
     prompt. All of them, and the six published prompts, are in the toy's words."""
-    sounds = toy_sounds()
+    sounds = module("toy_sounds")
     scenes = {name: [sounds.canonical(sounds.parse(p)) for p in
                      clap_ppo.read_prompts(str(HERE / f"samples/{name}.txt"))]
               for name in ("prompts", "eval_prompts", "published_prompts")}
@@ -1793,7 +1793,7 @@ def test_the_toy_world_is_rebuilt_by_its_script(tmp_path):
     pipeline = clap_ppo.load_pipeline(str(tmp_path / "toy/pipeline"), torch.device("cpu"))
     clap = clap_ppo.load_clap(str(tmp_path / "toy/clap.pt"), pipeline.tokenizer)
     judge = clap_ppo.load_judge(str(tmp_path / "toy/judge"))
-    embeds = clap_ppo.encode_prompts(pipeline, ["snoring", "talking"])["class_labels"]
+    embeds = clap_ppo.encode_prompts(pipeline, ["snoring", "talking"])[0]["class_labels"]
     torch.testing.assert_close(embeds.norm(dim=1), torch.ones(2))
     mel_rate = pipeline.vocoder.config.sampling_rate
     assert clap_ppo.clap_reward(clap, tone(300, mel_rate), mel_rate, ["snoring"]).isfinite().all()
@@ -1934,15 +1934,6 @@ def test_rows_sort_by_what_was_gained(page, page_folder):
     assert "0.300 [0.300, 0.300]" in page.locator("#summary").text_content()
 
 
-def pooling():
-    """samples/pool_listeners.py as a module."""
-    from importlib.util import module_from_spec, spec_from_file_location
-    spec = spec_from_file_location("pool_listeners", HERE / "samples/pool_listeners.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def start_blind_test(page, size="8"):
     page.locator("#to-blind").focus()
     page.keyboard.press("Enter")
@@ -1983,7 +1974,7 @@ def test_the_blind_test_by_keyboard_and_its_rates(page, tmp_path, capsys):
         page.keyboard.press("j")
     file = tmp_path / "listener.json"
     download.value.save_as(file)
-    data, pool = json.loads(file.read_text()), pooling()
+    data, pool = json.loads(file.read_text()), module("pool_listeners")
     answers, listeners = pool.read_answers([str(file)])
     rates = pool.pooled_rates(answers)
     assert listeners == 1 and [rate["value"] for rate in rates.values()] == [6.5 / 8, 0, 1]
@@ -2062,7 +2053,7 @@ def test_the_page_is_accessible_and_fits_a_phone(page, scheme, width):
 def test_files_that_no_listener_made_are_not_pooled(tmp_path, capsys, text, complaint):
     """One line that names the file, exit code 2."""
     (tmp_path / "l.json").write_text(text)
-    assert pooling().main([str(tmp_path / "l.json")]) == 2
+    assert module("pool_listeners").main([str(tmp_path / "l.json")]) == 2
     err = capsys.readouterr().err
     assert "l.json" in err and complaint in err and len(err.splitlines()) == 1
 
@@ -2073,9 +2064,320 @@ def test_no_listener_counts_twice_and_no_two_runs_are_mixed(tmp_path, capsys):
     for name, listener, run in (("a", "1", "r"), ("b", "2", "r"), ("c", "1", "r"), ("d", "3", "s")):
         data = {"listener": listener, "run": run, "answers": answers}
         (tmp_path / name).write_text(json.dumps(data))
-    pool, paths = pooling(), {name: str(tmp_path / name) for name in "abcd"}
+    pool, paths = module("pool_listeners"), {name: str(tmp_path / name) for name in "abcd"}
     assert pool.main([paths["a"], paths["b"]]) == 0
     assert "2 listeners, 4 answers" in (out := capsys.readouterr().out) and "0.750 [" in out
     assert pool.main([paths["a"], paths["c"]]) == 2 and "again" in capsys.readouterr().err
     assert pool.main([paths["a"], paths["d"]]) == 2 and "one run" in capsys.readouterr().err
     assert pool.main([]) == 2
+
+
+# =================================================================================================
+# 10. Real models: both families, the official formats, full-size CLAP; random weights, no download
+# =================================================================================================
+
+def toy_part(name: str) -> Path:
+    return (TOY or HERE / "samples/toy") / name
+
+
+def small_audioldm(folder: Path) -> None:
+    """AudioLDM's architecture, four levels whose cross-attention attends to itself, but narrow;
+    text encoder, VAE and vocoder are the toy's."""
+    from diffusers import AudioLDMPipeline, UNet2DConditionModel
+    pipe = AudioLDMPipeline.from_pretrained(toy_part("pipeline"), dtype=torch.float32)
+    torch.manual_seed(0)
+    widths = [8, 16, 24, 40]
+    pipe.unet = UNet2DConditionModel(
+        **{**module("bench").LEVELS, "block_out_channels": widths, "layers_per_block": 1},
+        cross_attention_dim=widths, attention_head_dim=4, norm_num_groups=8,
+        class_embed_type="simple_projection", class_embeddings_concat=True,
+        projection_class_embeddings_input_dim=64)
+    pipe.save_pretrained(folder)
+
+
+def small_audioldm2(folder: Path) -> None:
+    """AudioLDM2's architecture: CLAP and T5 encoders, GPT2 that continues them, a U-Net with two
+    cross-attentions. As on the hub, the index names GPT2Model, a class that cannot generate."""
+    from diffusers import (AudioLDM2Pipeline, AudioLDM2ProjectionModel,
+                           AudioLDM2UNet2DConditionModel, AudioLDMPipeline)
+    from transformers import (ClapFeatureExtractor, ClapModel, GPT2Config, GPT2LMHeadModel,
+                              T5Config, T5EncoderModel, T5Tokenizer)
+    toy = AudioLDMPipeline.from_pretrained(toy_part("pipeline"), dtype=torch.float32)
+    clap = ClapModel.from_pretrained(toy_part("judge"), dtype=torch.float32)
+    words = (toy_part("pipeline") / "vocabulary.txt").read_text().split()
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -5.0)]
+    vocabulary += [("\u2581" + word, -3.0) for word in words]
+    torch.manual_seed(0)
+    language_model = GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=2, n_head=2, vocab_size=10))
+    language_model.config.max_new_tokens = 8
+    unet = AudioLDM2UNet2DConditionModel(
+        **{**module("bench").LEVELS, "block_out_channels": [8, 16, 24, 40], "layers_per_block": 1},
+        cross_attention_dim=4 * [[None, 24, 32]], attention_head_dim=4, norm_num_groups=8)
+    AudioLDM2Pipeline(
+        vae=toy.vae, text_encoder=clap, text_encoder_2=T5EncoderModel(T5Config(
+            vocab_size=len(vocabulary) + 100, d_model=32, d_kv=8, d_ff=32, num_layers=2,
+            num_heads=4)),
+        projection_model=AudioLDM2ProjectionModel(clap.config.projection_dim, 32, 24),
+        language_model=language_model, tokenizer=toy.tokenizer,
+        tokenizer_2=T5Tokenizer(vocab=vocabulary, model_max_length=64),
+        feature_extractor=ClapFeatureExtractor(), unet=unet, scheduler=toy.scheduler,
+        vocoder=toy.vocoder).save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["language_model"] = ["transformers", "GPT2Model"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture(scope="session")
+def real_checkpoint(tmp_path_factory):
+    """A full-size HTSAT-tiny + RoBERTa checkpoint with random weights, as LAION wrote its own."""
+    sizes = clap_ppo.package_folder() / "clap_module/model_configs/HTSAT-tiny.json"
+    torch.manual_seed(0)
+    state = clap_ppo.build_clap(json.loads(sizes.read_text())).state_dict()
+    state = {f"module.{k}": v for k, v in state.items()}
+    state["module.text_branch.embeddings.position_ids"] = torch.arange(514)[None]
+    file = tmp_path_factory.mktemp("clap") / "630k-audioset-best.pt"
+    torch.save({"epoch": 7, "name": "official", "state_dict": state, "loss": np.float64(0.5),
+                "args": argparse.Namespace(lr=0.1)}, file)
+    yield file
+    file.unlink()
+
+
+@pytest.fixture(scope="session", params=["audioldm", "audioldm2"])
+def real_run(request, real_checkpoint, prompt_file, tmp_path_factory):
+    """Two epochs of each family from saved folders, with the full-size CLAP as reward."""
+    folder = tmp_path_factory.mktemp(request.param)
+    {"audioldm": small_audioldm, "audioldm2": small_audioldm2}[request.param](folder / "model")
+    flags = ["--prompts", prompt_file, "--preset", request.param, "--model", folder / "model",
+             "--clap", real_checkpoint, "--judge", toy_part("judge"), "--device", "cpu", "--dtype",
+             "float32", "--seconds", "2.56", "--num-steps", "5", "--prompts-per-epoch", "2",
+             "--clips-per-prompt", "4", "--micro-batch", "8", "--epochs", "2", "--judge-every", "1",
+             "--eval-noises", "1", "--learning-rate", "0.02", "--warmup-updates", "0",
+             "--out", folder / "run"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.hf_hub_download", None)
+        assert clap_ppo.main([str(flag) for flag in flags]) == 0
+    return SimpleNamespace(folder=folder / "run", flags=flags)
+
+
+def test_real_architectures_run_from_their_folders_on_policy(real_run):
+    """Rollouts, full-size reward and updates, and in every epoch the ratio begins at 1."""
+    rows = results(real_run.folder)[1]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["ratio_error"] <= 1e-6 and row["approx_kl"] > 0 and row["reward_spread"] > 0
+
+
+def test_real_architectures_resume_to_the_same_bytes(real_run, tmp_path, capsys):
+    """One epoch, then --resume for the second. (AudioLDM's is the toy's.)"""
+    if "audioldm2" not in real_run.flags:
+        return
+    flags = [*real_run.flags[:-1], tmp_path / "run", "--epochs", 1]
+    assert run_main(capsys, *flags)[0] == 0
+    assert run_main(capsys, "--resume", tmp_path / "run", "--epochs", 2)[0] == 0
+    assert results(tmp_path / "run")[0] == results(real_run.folder)[0]
+
+
+def test_the_snippet_gives_the_tuned_clips_in_both_families(real_run):
+    """The printed lines, as they stand, in a stock pipeline: the same clips from the same noise."""
+    import soundfile
+    names = {}
+    exec((real_run.folder / "adapter/load.py").read_text(), {"prompt": HELD_OUT[0]}, names)
+    noise = torch.randn(len(HELD_OUT), *(8, 16, 8), generator=seeded(999))
+    row = page_data(real_run.folder)["rows"][0]
+    cfg = json.loads((real_run.folder / "config.json").read_text())
+    audio = names["pipe"](HELD_OUT[0], latents=noise[:1], num_inference_steps=5,
+                          guidance_scale=cfg["guidance_scale"], audio_length_in_s=2.56).audios[0]
+    for side, same in (("tuned", True), ("base", False)):
+        saved, _ = soundfile.read(real_run.folder / row[side]["file"])
+        gain = np.sqrt((saved ** 2).mean() / (audio ** 2).mean())
+        assert bool(np.abs(gain * np.clip(audio, -1, 1) - saved).max() < 1e-3) is same
+
+
+def test_the_conditions_of_audioldm2_do_not_depend_on_the_batch(tmp_path):
+    """Alone or beside a longer prompt: the same language model states, and T5 states whose padding
+    is masked away."""
+    small_audioldm2(tmp_path / "model")
+    pipe = clap_ppo.load_pipeline(str(tmp_path / "model"), torch.device("cpu"))
+    alone, _ = clap_ppo.encode_prompts(pipe, ["snoring"])
+    both, _ = clap_ppo.encode_prompts(pipe, ["snoring", "a dog barking then a lion roaring"])
+    assert torch.equal(alone["encoder_hidden_states"], both["encoder_hidden_states"][:1])
+    length = alone["encoder_attention_mask_1"].shape[1]
+    assert both["encoder_attention_mask_1"].sum(dim=1).tolist()[0] == length
+    assert both["encoder_attention_mask_1"].shape[1] > length
+    x, t = torch.randn(1, 8, 16, 8, generator=seeded(0)), torch.tensor([500])
+    one = pipe.unet(x, t, **alone).sample
+    other = pipe.unet(x, t, **{k: v[:1] for k, v in both.items()}).sample
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert (pipe.unet(x, t, **{k: v[1:] for k, v in both.items()}).sample - one).abs().max() > 1e-4
+
+
+def test_a_full_size_music_checkpoint_is_built_as_htsat_base(tmp_path, world):
+    """Music checkpoints hold a larger audio tower; a general one under such a name is refused."""
+    sizes = clap_ppo.package_folder() / "clap_module/model_configs/HTSAT-base.json"
+    state = clap_ppo.build_clap(json.loads(sizes.read_text())).state_dict()
+    file = tmp_path / "music_audioset_epoch_15_esc_90.14.pt"
+    torch.save({"state_dict": state}, file)
+    loaded = clap_ppo.load_clap(str(file), world.pipeline.tokenizer)
+    assert sum(p.numel() for p in loaded.parameters()) == sum(
+        v.numel() for k, v in loaded.named_parameters() if k in state) > 190e6
+    file.rename(tmp_path / "630k.pt")
+    with pytest.raises(UserError, match="does not fit HTSAT-tiny.json: .* and 247 more"):
+        clap_ppo.load_clap(str(tmp_path / "630k.pt"), world.pipeline.tokenizer)
+
+
+def test_a_truncated_download_is_refused(real_checkpoint, tmp_path, world):
+    """Half a file: one line, not a traceback."""
+    data = real_checkpoint.read_bytes()
+    (tmp_path / "half.pt").write_bytes(data[:len(data) // 2])
+    with pytest.raises(UserError, match="half.pt: not a checkpoint of weights; it is damaged"):
+        clap_ppo.load_clap(str(tmp_path / "half.pt"), world.pipeline.tokenizer)
+
+
+def test_the_full_size_reward_costs_little_more_than_its_network(real_checkpoint, world):
+    """Eight clips of 10 s: at most 1.3 times the bare forward pass of the audio tower."""
+    import time
+    clap = clap_ppo.load_clap(str(real_checkpoint), world.pipeline.tokenizer)
+    clips = 0.1 * torch.randn(8, 480000, generator=seeded(0))
+
+    def seconds(call):
+        times = []
+        for _ in range(2):
+            began = time.perf_counter()
+            with torch.no_grad():
+                call()
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    clap_ppo.clap_reward(clap, clips[:1], 48000, ["wind"])           # warm up, embed the text
+    bare = seconds(lambda: clap.audio_branch({"waveform": clips}, None, device="cpu"))
+    whole = seconds(lambda: clap_ppo.clap_reward(clap, clips, 48000, ["wind"] * 8))
+    assert whole <= 1.3 * bare
+
+
+def test_a_checkpoint_named_by_its_place_on_the_hub_is_fetched_once(monkeypatch, tmp_path):
+    """OWNER/REPO/FILE goes through the hub's cache, which resumes and shows a bar; without network
+    the message says what to do. A file of that name comes first."""
+    asked = []
+
+    def download(repo, name):
+        asked.append((repo, name))
+        if repo.startswith("nobody"):
+            raise OSError("offline")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    preset = clap_ppo.PRESETS["audioldm"]["clap"]
+    assert clap_ppo.find_checkpoint(preset) == tmp_path / "630k-audioset-best.pt"
+    assert asked == [("lukewys/laion_clap", "630k-audioset-best.pt")]
+    with pytest.raises(UserError, match="nobody/repo/x.pt.*offline.*630k-audioset-best.pt"):
+        clap_ppo.find_checkpoint("nobody/repo/x.pt")
+    with pytest.raises(UserError, match="x.pt: no such file"):
+        clap_ppo.find_checkpoint("x.pt")
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/c.pt").write_text("here")
+    monkeypatch.chdir(tmp_path)
+    assert clap_ppo.find_checkpoint("a/b/c.pt") == Path("a/b/c.pt") and len(asked) == 2
+
+
+@pytest.mark.parametrize("scheduler, settings, complaint", [
+    ("DDIMScheduler", {"prediction_type": "v_prediction"}, None),
+    ("PNDMScheduler", {"beta_schedule": "scaled_linear", "steps_offset": 1}, None),
+    ("EulerDiscreteScheduler", {"beta_schedule": "scaled_linear"}, None),
+    ("DDIMScheduler", {"prediction_type": "sample"}, "not the Gaussians"),
+    ("DDIMScheduler", {"clip_sample": True}, "not the Gaussians"),
+    ("FlowMatchEulerDiscreteScheduler", {}, "not the Gaussians")])
+def test_other_schedulers_become_ddim_or_are_refused(tmp_path, scheduler, settings, complaint):
+    """The same betas make the same process; a flow, or an x_0 that is clipped, is another one."""
+    import diffusers
+    import shutil
+    shutil.copytree(toy_part("pipeline"), tmp_path / "model")
+    changes = settings if "clip_sample" in settings or "Flow" in scheduler else {
+        **settings, **({"clip_sample": False} if scheduler == "DDIMScheduler" else {})}
+    getattr(diffusers, scheduler)(**changes).save_pretrained(tmp_path / "model/scheduler")
+    index = json.loads((tmp_path / "model/model_index.json").read_text())
+    index["scheduler"] = ["diffusers", scheduler]
+    (tmp_path / "model/model_index.json").write_text(json.dumps(index))
+    if complaint:
+        with pytest.raises(UserError, match=f"its {scheduler}.*{complaint}"):
+            clap_ppo.load_pipeline(str(tmp_path / "model"), torch.device("cpu"))
+    else:
+        pipe = clap_ppo.load_pipeline(str(tmp_path / "model"), torch.device("cpu"))
+        assert type(pipe.scheduler).__name__ == "DDIMScheduler"
+        assert pipe.scheduler.config.prediction_type == settings.get("prediction_type", "epsilon")
+
+
+def test_the_micro_batch_is_halved_until_it_fits(capsys):
+    """Before the first update, so that no epoch is lost; results do not depend on it."""
+    policy, weights = painter_policy()
+    real = policy.unet.forward
+
+    def small_memory(latents, *args, **kwargs):
+        if len(latents) > limit:
+            raise torch.OutOfMemoryError("too much")
+        return real(latents, *args, **kwargs)
+
+    policy.unet.forward, limit = small_memory, 20
+    clap_ppo.fit_micro_batch(policy, 1.0)
+    assert policy.micro_batch == 16 and capsys.readouterr().err.count("out of memory") == 2
+    assert all(weight.grad is None for weight in weights)
+    limit = 0
+    with pytest.raises(UserError, match="not even one clip"):
+        clap_ppo.fit_micro_batch(policy, 1.0)
+
+
+def test_gradient_checkpointing_changes_memory_and_nothing_else(world):
+    """The same gradient; refused for AudioLDM2's U-Net, which would lose its masks."""
+    grads = []
+    for on in (False, True):
+        policy = copy.deepcopy(world.policy)
+        if on:
+            policy.unet.enable_gradient_checkpointing()
+        _, rows = roll(policy, world.cfg, starts=(0, 1))
+        log_prob, _, _ = clap_ppo.replay(policy, rows, torch.arange(4), world.cfg)
+        log_prob.mean().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in policy.unet.parameters()
+                                if p.requires_grad]))
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-8)
+    policy = dataclasses.replace(painter_policy()[0])
+    policy.unet = Painter(2)
+    with pytest.raises(UserError, match="--gradient-checkpointing"):
+        clap_ppo.make_optimizer(policy, config("--gradient-checkpointing"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_rollouts_replay_on_policy(world, dtype):
+    """The U-Net in half precision, the policy's maths in float32: the ratio stays within its
+    tolerance, although rollout and replay call the network with other batches."""
+    if dtype == "float16" and not torch.cuda.is_available():
+        pytest.skip("float16 autocast needs a GPU")
+    policy = dataclasses.replace(copy.deepcopy(world.policy), dtype=getattr(torch, dtype))
+    _, rows = roll(policy, world.cfg, starts=(0, 2))
+    update_once(policy, rows, world.cfg)
+
+
+@pytest.mark.parametrize("preset, millions", [("audioldm", 185), ("audioldm2", 347)])
+def test_the_bench_builds_the_published_architectures(preset, millions):
+    """The number of parameters of the U-Net is the published one."""
+    pipeline, _ = module("bench").build_pipeline(preset, 2, torch.device("meta"))
+    assert round(sum(p.numel() for p in pipeline.unet.parameters()) / 1e6) == millions
+    assert clap_ppo.PRESETS[preset]["num_steps"] == 20
+
+
+def test_the_bench_says_what_an_epoch_costs():
+    """A small epoch of the toy; the overhead is a ratio, so at least about 1."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "samples/bench.py"), "--micro-batches", "8", "--",
+         "--num-steps", "5", "--prompts-per-epoch", "2", "--clips-per-prompt", "4"],
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = re.findall(r"micro-batch +(\d+): epoch .*rollout .*update .*overhead ([\d.]+)",
+                       done.stdout)
+    assert [size for size, _ in found] == ["8"]
+    assert all(0.8 < float(overhead) < 5 for _, overhead in found)
+
+
+def test_the_prompts_for_real_models_are_many_and_different():
+    """150 to train on and 50 held out, none in both, of one to four sounds."""
+    cfg = config("--prompts", str(HERE / "samples/audiocaps_style_prompts.txt"))
+    train, held_out = clap_ppo.split_prompts(cfg)
+    assert len(train) == 150 and len(held_out) == 50 and not set(train) & set(held_out)

@@ -50,8 +50,8 @@ def pooled_rates(answers: list[dict]) -> dict[str, dict | None]:
             for answer in answers if answer["task"] == "preference"]
     rates = {"preference": wins}
     for side in ("base", "tuned"):
-        rates[f"recognition_{side}"] = [float(answer["right"]) for answer in answers
-                                        if answer["task"] == "recognition" and answer["side"] == side]
+        heard = [a for a in answers if a["task"] == "recognition" and a["side"] == side]
+        rates[f"recognition_{side}"] = [float(answer["right"]) for answer in heard]
     return {name: wilson(sum(values), len(values)) if values else None
             for name, values in rates.items()}
 
