@@ -257,7 +257,7 @@ class Config:
     shared_noise: bool = option(True, "the clips of a prompt start from one noise x_T")
     train_steps: int = option(0, "noisy steps per clip that are trained, drawn at random; 0 = all",
                               0, 1000)
-    epochs: int = option(60, "rounds of rollout and update", 1, 10 ** 6)
+    epochs: int = option(55, "rounds of rollout and update", 1, 10 ** 6)
     prompts_per_epoch: int = option(8, "P, prompts per epoch", 1, 10 ** 4)
     clips_per_prompt: int = option(16, "K; a clip's advantage is relative to the other clips of "
                                   "its prompt", 2, 1000)
@@ -269,7 +269,7 @@ class Config:
     clip_range: float = option(1e-4, "PPO's clip range in nats per element for D = 16,384 latents: "
                                "1.6 nats per clip; scaled by 16384 / D for others", 1e-9, 1)
     kl_weight: float = option(0.0, "weight of the KL to the base model, per element", 0, 1000)
-    ema: float = option(0.95, "the judged and saved adapter averages the last epochs' weights with "
+    ema: float = option(0.9, "the judged and saved adapter averages the last epochs' weights with "
                         "this decay per epoch; 0 = the last weights", 0, 0.999)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 = never", 0, 1e6)
     lora_rank: int = option(8, "rank of the adapter's weight updates", 1, 1024)
