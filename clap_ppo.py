@@ -46,10 +46,13 @@ Schulman et al. 2017 (1707.06347). CLAP, Wu et al. 2023 (2211.06687). LoRA, Hu e
 import argparse
 import base64
 import dataclasses
+import errno
 import hashlib
 import json
 import math
 import os
+import pickle
+import signal
 import sys
 import time
 import warnings
@@ -326,7 +329,7 @@ def parse_args(argv=None) -> tuple[Config, str]:
         prog="clap_ppo.py", description=__doc__.split("\n\n")[0],
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100, max_help_position=32))
     parser.add_argument("--resume", default="", metavar="RUN", help="continue this run directory; "
-                        "only --epochs may be given beside it")
+                        "only --epochs, --micro-batch and --device may be given beside it")
     for f in dataclasses.fields(Config):
         text, limits, choices = (f.metadata[k] for k in ("help", "limits", "choices"))
         if f.default != "":
@@ -349,7 +352,7 @@ def resume_config(run: Path, given: dict) -> Config:
         cfg = Config(**json.loads((run / "config.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--resume {run}: not a run directory of this program ({error})") from None
-    for name in sorted(set(given) - {"epochs"}):
+    for name in sorted(set(given) - {"epochs", "micro_batch", "device"}):
         raise UserError(f"--{name.replace('_', '-')} cannot change in a resumed run: leave it out")
     return check_config(dataclasses.replace(cfg, **given))
 
@@ -362,6 +365,8 @@ def warn(message: str) -> None:
 
 def first_line(error: Exception) -> str:
     """The first line of a library's message, at most 200 characters."""
+    if isinstance(error, pickle.UnpicklingError):        # torch's text tells how to run it anyway
+        return "a file holds more than weights, which is refused because it could run code"
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 def progress_bar(items, label: str):
@@ -442,8 +447,8 @@ def load_pipeline(model: str, device: torch.device):
         pipeline = getattr(diffusers, kind).from_pretrained(model, dtype=torch.float32, **parts)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError) as error:
-        remedy = ("the folder is incomplete" if Path(model).exists() else
+    except Exception as error:
+        remedy = ("the folder is incomplete or damaged" if Path(model).exists() else
                   "no such folder, and the hub cannot be reached or does not know it; "
                   "the bundled model needs no network: --preset toy")
         raise UserError(f"--model {model}: {remedy} ({first_line(error)})") from None
@@ -957,7 +962,7 @@ def load_judge(judge: str, device="cpu"):
     try:
         model = ClapModel.from_pretrained(judge, dtype=torch.float32).to(device).eval()
         model.processor = ClapProcessor.from_pretrained(judge)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         raise UserError(f"--judge {judge}: no ClapModel there, or no network "
                         f"({first_line(error)})") from None
     return model
@@ -1112,9 +1117,15 @@ def adapter_snippet(pipeline, cfg: Config, run: Path) -> str:
         guidance=cfg.guidance_scale, seconds=cfg.seconds)
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write(temporary)`, flushed, then renamed: a file is the old or the new, never half."""
+    """`write(temporary)`, flushed, then renamed: a file is the old or the new, never half.
+
+    Raises: OSError with the file's name, also where torch would raise RuntimeError (disk full).
+    """
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
+    try:
+        write(temporary)
+    except RuntimeError as error:
+        raise OSError(errno.EIO, first_line(error), str(path)) from None
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -1137,6 +1148,37 @@ def new_run_dir(cfg: Config) -> Path:
     except OSError as error:
         raise UserError(f"--out {run}: {error.strerror}") from None
     return run
+
+@contextmanager
+def locked(run: Path):
+    """Keeps other processes out of `run`; the system's lock, so it goes when this process dies."""
+    with open(run / ".lock", "w") as file:
+        try:
+            import fcntl                         # not on Windows; there runs are not locked
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except OSError:
+            raise UserError(f"{run}: another process is working on this run") from None
+        yield
+
+def keep_prompts(run: Path, prompts: dict[str, list[str]]) -> None:
+    """prompts.json of a new run; a resumed one must have the same prompts."""
+    file = run / "prompts.json"
+    if file.exists() and json.loads(file.read_text()) != prompts:
+        raise UserError(f"--resume {run}: the prompt files have changed since this run began; "
+                        f"{file} lists what they were")
+    write_json(file, prompts)
+
+def load_checkpoint(run: Path) -> dict:
+    """What `save_checkpoint` wrote, tensors and plain values only; else the state to begin with."""
+    if not (run / "checkpoint.pt").exists():
+        return {"epoch": 0, "updates": 0, "best": {}, "average": {}, "metrics": []}
+    try:
+        return torch.load(run / "checkpoint.pt", weights_only=True)
+    except Exception:
+        raise UserError(f"{run / 'checkpoint.pt'}: damaged, or more than weights, which is refused;"
+                        " restore it or begin a new run") from None
 
 def save_checkpoint(run: Path, unet, optimizer, **state) -> None:
     """checkpoint.pt, metrics.jsonl. No random state: epochs make generators from their numbers."""
@@ -1246,11 +1288,20 @@ def make_optimizer(policy: Policy, cfg: Config) -> torch.optim.Optimizer:
         fit_micro_batch(policy, cfg.eta)
     return optimizer
 
+def find_device(name: str) -> torch.device:
+    """The device of that name, if it is there; "auto": the GPU if there is one."""
+    try:
+        device = torch.device(name if name != "auto" else
+                              "cuda" if torch.cuda.is_available() else "cpu")
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: {first_line(error)}; use cpu or auto") from None
+
 def load_world(cfg: Config) -> SimpleNamespace:
     """All that a run needs, loaded and checked."""
     train, held_out = split_prompts(cfg)
-    cuda = torch.cuda.is_available()
-    device = torch.device(cfg.device if cfg.device != "auto" else "cuda" if cuda else "cpu")
+    device = find_device(cfg.device)
     pipeline = load_pipeline(bundled(cfg.model), device)
     check_prompts(pipeline, bundled(cfg.model), {**train, **held_out})
     clap = load_clap(bundled(cfg.clap), pipeline.tokenizer, device)
@@ -1309,10 +1360,12 @@ def score(world, latents: Tensor, prompt_ids: Tensor) -> Tensor:
     waveforms = decode(world.pipeline, latents, world.cfg.seconds)
     prompts = [world.prompts[i] for i in prompt_ids.tolist() for _ in range(clips)]
     rewards = world.reward(waveforms, world.sample_rate, prompts)
-    for prompt, reward in zip(prompts, rewards.tolist()):
+    for prompt, reward, waveform in zip(prompts, rewards.tolist(), waveforms):
         if not math.isfinite(reward):
-            raise UserError(f"a clip of {prompt!r} has the reward {reward}: the decoder overflowed;"
-                            " use --dtype float32")
+            file = world.run / "not-finite.pt"
+            torch.save({"prompt": prompt, "waveform": waveform}, file)
+            raise UserError(f"a clip of {prompt!r} has the reward {reward} (saved as {file}): did "
+                            "the decoder overflow? Use --dtype float32")
     return rewards.view(len(prompt_ids), clips)
 
 def ask_judge(world, adapter: dict) -> dict:
@@ -1355,18 +1408,24 @@ def print_epoch(row: dict, cfg: Config) -> None:
           flush=True)
 
 def run(cfg: Config, resume: str) -> None:
-    """A whole run: load, train, evaluate base and tuned from the same noise, write everything."""
+    """A whole run: load, train, evaluate, write everything."""
     world = load_world(cfg)
-    run_dir, unet = Path(resume) if resume else new_run_dir(cfg), world.policy.unet
-    write_json(run_dir / "config.json", dataclasses.asdict(cfg))
-    state = {"epoch": 0, "updates": 0, "best": {}, "average": {}, "metrics": []}
-    if resume and (run_dir / "checkpoint.pt").exists():
-        state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
-        load_adapter_state(unet, state["adapter"])
-        world.optimizer.load_state_dict(state["optimizer"])
-        print(f"resuming after epoch {state['epoch']}")
-    print_totals(world, run_dir)
-    best = train(world, run_dir, state)
+    world.run = Path(resume) if resume else new_run_dir(cfg)
+    with locked(world.run):
+        count = len(world.train_ids)
+        keep_prompts(world.run, {"train": world.prompts[:count], "held_out": world.prompts[count:]})
+        write_json(world.run / "config.json", dataclasses.asdict(cfg))
+        state = load_checkpoint(world.run)
+        if state["epoch"]:
+            load_adapter_state(world.policy.unet, state["adapter"])
+            world.optimizer.load_state_dict(state["optimizer"])
+            print(f"resuming after epoch {state['epoch']}")
+        print_totals(world, world.run)
+        evaluate(world, world.run, train(world, world.run, state), state["metrics"])
+
+def evaluate(world, run_dir: Path, best: dict, metrics: list[dict]) -> None:
+    """Base and best adapter from the same noise; writes all files but the checkpoint."""
+    cfg, unet = world.cfg, world.policy.unet
     load_adapter_state(unet, best["adapter"])
     why = ", which the judge likes best" if cfg.judge_every else ""
     print(f"evaluating the adapter of epoch {best['epoch']}{why}", flush=True)
@@ -1380,21 +1439,39 @@ def run(cfg: Config, resume: str) -> None:
     save_adapter(run_dir, best["adapter"], snippet)
     held_out = world.prompts[len(world.train_ids):]
     rows = save_clips(run_dir, base, tuned, held_out, world.sample_rate)
-    save_page(run_dir, cfg, rows, result, state["metrics"], world.sample_rate)
-    save_curve(run_dir, state["metrics"])
+    save_page(run_dir, cfg, rows, result, metrics, world.sample_rate)
+    save_curve(run_dir, metrics)
     print_evaluation(result)
     print(f"\nlisten: {run_dir / 'index.html'}   curve: {run_dir / 'curve.png'}   the adapter:\n"
           f"{snippet}")
 
+class Stopped(KeyboardInterrupt):
+    """Raised by SIGINT (Ctrl-C) and SIGTERM, whose number is its argument."""
+
+def stop(number: int, frame) -> None:
+    """Signal handler: stops at once, since finished epochs are on disk; a second signal kills."""
+    signal.signal(number, signal.SIG_DFL)
+    raise Stopped(number)
+
 def main(argv=None) -> int:
-    """Exit code: 0, or 2 after a UserError's one line."""
+    """Exit code: 0; 2 after one line about a mistake or a full disk; 128 + signal if stopped."""
     try:
         run(*parse_args(argv))
         return 0
     except UserError as error:
         print(f"clap_ppo.py: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"clap_ppo.py: {error.filename or 'a file'}: {error.strerror or error}; what was "
+              "saved before is intact, --resume goes on from it", file=sys.stderr)
+        return 2
+    except Stopped as signal_:
+        print("\nclap_ppo.py: stopped; finished epochs are saved, --resume RUN goes on from the "
+              "last one", file=sys.stderr)
+        return 128 + signal_.args[0]
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     sys.exit(main())
