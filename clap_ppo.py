@@ -233,6 +233,9 @@ HERE = Path(__file__).resolve().parent
 class UserError(ValueError):
     """A mistake of the caller's or of the environment: printed as one line, exit code 2."""
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))      # one line, whatever a value contains
+
 def option(default, help: str, *limits, choices=None):
     """A config field that becomes a command-line flag; `limits`: smallest and largest value."""
     return field(default=default, metadata={"help": help, "limits": limits, "choices": choices})
@@ -350,6 +353,9 @@ def resume_config(run: Path, given: dict) -> Config:
     """Config of an earlier run, with more epochs if asked for."""
     try:
         cfg = Config(**json.loads((run / "config.json").read_text()))
+        for f in dataclasses.fields(cfg):
+            if not isinstance(getattr(cfg, f.name), (int, float) if f.type is float else f.type):
+                raise TypeError(f"{f.name} is no {f.type.__name__}")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--resume {run}: not a run directory of this program ({error})") from None
     for name in sorted(set(given) - {"epochs", "micro_batch", "device"}):
@@ -1164,18 +1170,21 @@ def locked(run: Path):
 
 def keep_prompts(run: Path, prompts: dict[str, list[str]]) -> None:
     """prompts.json of a new run; a resumed one must have the same prompts."""
-    file = run / "prompts.json"
-    if file.exists() and json.loads(file.read_text()) != prompts:
+    file, text = run / "prompts.json", json.dumps(prompts, indent=1) + "\n"
+    if file.exists() and file.read_text() != text:
         raise UserError(f"--resume {run}: the prompt files have changed since this run began; "
                         f"{file} lists what they were")
-    write_json(file, prompts)
+    write_atomically(file, lambda path: path.write_text(text))
 
 def load_checkpoint(run: Path) -> dict:
     """What `save_checkpoint` wrote, tensors and plain values only; else the state to begin with."""
     if not (run / "checkpoint.pt").exists():
         return {"epoch": 0, "updates": 0, "best": {}, "average": {}, "metrics": []}
     try:
-        return torch.load(run / "checkpoint.pt", weights_only=True)
+        state = torch.load(run / "checkpoint.pt", weights_only=True)
+        if not isinstance(state, dict) or not {"epoch", "adapter", "metrics"} <= set(state):
+            raise ValueError
+        return state
     except Exception:
         raise UserError(f"{run / 'checkpoint.pt'}: damaged, or more than weights, which is refused;"
                         " restore it or begin a new run") from None

@@ -1249,6 +1249,18 @@ def test_a_seed_makes_a_run_and_another_seed_another(run_flags, straight_run, tm
         assert (results(run)[0] == straight_run[0]) is same
 
 
+def test_the_judge_hears_the_adapter_it_is_given(world):
+    """Not the weights of the moment; these are back when it has answered."""
+    before = clap_ppo.adapter_state(world.policy.unet)
+    other = {k: v + 0.5 * torch.randn(v.shape, generator=seeded(i))
+             for i, (k, v) in enumerate(before.items())}
+    same, changed = clap_ppo.ask_judge(world, before), clap_ppo.ask_judge(world, other)
+    assert abs(same["judge_score"] - changed["judge_score"]) > 0.01
+    after = clap_ppo.adapter_state(world.policy.unet)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert clap_ppo.ask_judge(world, before) == same
+
+
 def test_asking_the_judge_does_not_disturb_the_training(run_flags, straight_run, tmp_path, capsys):
     """The judge hears the averaged adapter; then training goes on with the weights it had."""
     run = tmp_path / "run"
@@ -1433,7 +1445,8 @@ def test_what_the_model_cannot_take_in_is_said_before_the_run(tmp_path, capsys):
     (tmp_path / "eval_prompts.txt").write_text("wind blowing\n")
     clap_ppo.load_world(config("--prompts", str(tmp_path / "prompts.txt")))
     err = capsys.readouterr().err
-    assert "helicopter" in re.search(r".*cut.*", err).group()
+    cut = re.search(r".*cut.*", err).group()
+    assert "helicopter" in cut and "prompts.txt, line 3" in cut
     unknown = re.search(r".*never.*", err).group()
     assert all(w in unknown for w in ("xylophone", "plays", "helicopter", "--preset audioldm"))
     assert "water" not in unknown
@@ -1885,6 +1898,7 @@ def test_nothing_about_a_clip_file_tells_which_model_made_it(page_folder):
         for side in waves:
             assert re.fullmatch(r"clips/[0-9a-f]{16}\.wav", row[side]["file"])
         lower_name += row["base"]["file"] < row["tuned"]["file"]
+        assert (row["base"]["judge"], row["tuned"]["judge"]) == (0.3, 0.6), "of its own prompt"
     assert 16 <= lower_name <= 48, "of 64"
 
 
@@ -2533,15 +2547,31 @@ def test_a_run_whose_prompts_changed_is_not_resumed(cut_run, tmp_path, capsys):
     assert code == 2 and "gone.txt" in err and len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"half a checkp", pickle.dumps([1, 2])],
-                         ids=["empty", "half", "pickle"])
+@pytest.mark.parametrize("content", [b"", b"half a checkp", pickle.dumps([1, 2]), [1, 2], {"a": 1}],
+                         ids=["empty", "half", "pickle", "a list", "another dictionary"])
 def test_a_damaged_run_checkpoint_is_refused(cut_run, tmp_path, capsys, content):
     """It is not overwritten either."""
     run = damaged(cut_run, tmp_path)
-    (run / "checkpoint.pt").write_bytes(content)
+    if isinstance(content, bytes):
+        (run / "checkpoint.pt").write_bytes(content)
+    else:
+        torch.save(content, run / "checkpoint.pt")
+        content = (run / "checkpoint.pt").read_bytes()
     code, err = run_main(capsys, "--resume", run, "--epochs", 2)
     assert code == 2 and "checkpoint.pt: damaged" in err and len(err.splitlines()) == 1
     assert (run / "checkpoint.pt").read_bytes() == content
+
+
+@pytest.mark.parametrize("change", [
+    {"epochs": "ten"}, {"eta": None}, {"shared_noise": "yes"}, {"epochs": -1}, {"seed": 1.5},
+    {"noise_window": 2}, {"unknown": 1}, {"prompts": ["a"]}], ids=str)
+def test_a_damaged_config_is_refused(cut_run, tmp_path, capsys, change):
+    """Wrong types, wrong values, unknown names: one line."""
+    run = damaged(cut_run, tmp_path)
+    cfg = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**cfg, **change}))
+    code, err = run_main(capsys, "--resume", run)
+    assert code == 2 and len(err.splitlines()) == 1 and "Traceback" not in err
 
 
 def test_a_malicious_run_or_model_does_not_execute(cut_run, prompt_file, tmp_path, capsys):
