@@ -328,9 +328,12 @@ def check_config(cfg: Config) -> Config:
 
 def parse_args(argv=None) -> tuple[Config, str]:
     """Config of a command line, and the run directory to resume ("" for a new run)."""
+    def refuse(message: str):                    # one line, instead of argparse's page of usage
+        raise UserError(f"{message}; --help lists all flags")
     parser = argparse.ArgumentParser(
         prog="clap_ppo.py", description=__doc__.split("\n\n")[0],
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100, max_help_position=32))
+    parser.error = refuse
     parser.add_argument("--resume", default="", metavar="RUN", help="continue this run directory; "
                         "only --epochs, --micro-batch and --device may be given beside it")
     for f in dataclasses.fields(Config):
