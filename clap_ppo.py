@@ -282,7 +282,7 @@ class Config:
     micro_batch: int = option(128, "clips per network call: memory, never the result", 1, 10 ** 4)
     eval_noises: int = option(4, "clips per held-out prompt, and the n of best-of-n", 1, 1000)
     judge_every: int = option(10, "epochs between questions to the judge; 0 = never", 0, 10 ** 6)
-    gradient_checkpointing: bool = option(False, "less memory, a third more time (AudioLDM only)")
+    gradient_checkpointing: bool = option(False, "less memory for more time (AudioLDM only)")
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto = cuda if there is one")
     dtype: str = option("float32", "the U-Net's precision; the policy's maths is always float32",
                         choices=("float32", "bfloat16", "float16"))
@@ -300,7 +300,7 @@ class Config:
 
 # Named sets of defaults, nothing else; any flag overrides them. For the real models: guidance is
 # their pipelines' own default; fewer steps than theirs, as rollouts are the cost; a learning rate
-# for weights 5 to 10 times as wide as the toy's; a clip of 5.12 s has latents of D = 16,384.
+# for a U-Net 4 to 7 times as wide as the toy's; a clip of 5.12 s has latents of D = 16,384.
 REAL = dict(clap="lukewys/laion_clap/630k-audioset-best.pt", judge="laion/larger_clap_general",
             seconds=5.12, num_steps=20, guidance_scale=2.5, epochs=100, learning_rate=1e-4,
             dtype="bfloat16")
@@ -516,7 +516,7 @@ def encode_prompts(pipeline, prompts: list[str]) -> tuple[dict, dict]:
             {"class_labels": embeds[-1:].expand(count, -1), "encoder_hidden_states": None})
 
 def free_text_encoders(pipeline) -> None:
-    """Every prompt is encoded: the encoders, larger than the U-Net, can go."""
+    """Every prompt is encoded: the encoders, which may be larger than the U-Net, can go."""
     for name in ("text_encoder", "text_encoder_2", "projection_model", "language_model"):
         if hasattr(pipeline, name):
             setattr(pipeline, name, None)
@@ -1116,7 +1116,6 @@ set_peft_model_state_dict(pipe.unet, load_file({folder!r} + "/" + {file!r}))
 GENERATE = """audio = pipe(prompt, num_inference_steps={steps}, guidance_scale={guidance},
              audio_length_in_s={seconds}).audios"""
 
-
 def adapter_snippet(pipeline, cfg: Config, run: Path) -> str:
     """The lines that load the run's adapter into a plain pipeline."""
     load = LOAD_AUDIOLDM2 if hasattr(pipeline, "language_model") else LOAD_AUDIOLDM
@@ -1167,7 +1166,7 @@ def locked(run: Path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:
             pass
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"{run}: another process is working on this run") from None
         yield
 
@@ -1184,7 +1183,7 @@ def load_checkpoint(run: Path) -> dict:
     if not (run / "checkpoint.pt").exists():
         return {"epoch": 0, "updates": 0, "best": {}, "average": {}, "metrics": []}
     try:
-        state = torch.load(run / "checkpoint.pt", weights_only=True)
+        state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not {"epoch", "adapter", "metrics"} <= set(state):
             raise ValueError
         return state
@@ -1449,11 +1448,11 @@ def evaluate(world, run_dir: Path, best: dict, metrics: list[dict]) -> None:
     write_json(run_dir / "evaluation.json", result)
     snippet = adapter_snippet(world.pipeline, cfg, run_dir)
     save_adapter(run_dir, best["adapter"], snippet)
+    save_curve(run_dir, metrics)
+    print_evaluation(result)
     held_out = world.prompts[len(world.train_ids):]
     rows = save_clips(run_dir, base, tuned, held_out, world.sample_rate)
     save_page(run_dir, cfg, rows, result, metrics, world.sample_rate)
-    save_curve(run_dir, metrics)
-    print_evaluation(result)
     print(f"\nlisten: {run_dir / 'index.html'}   curve: {run_dir / 'curve.png'}   the adapter:\n"
           f"{snippet}")
 

@@ -1929,6 +1929,12 @@ def test_the_page_of_64_prompts_is_light(page_folder):
     assert sum(file.stat().st_size for file in files) < 200 * 1024
 
 
+def test_the_demo_shows_the_page_of_today():
+    """samples/demo/index.html is the copy that a run makes: made again when the page changes."""
+    page = (HERE / "samples/listen.html").read_bytes()
+    assert (HERE / "samples/demo/index.html").read_bytes() == page
+
+
 def test_every_player_loads_its_clip(page, page_folder):
     """From disk, in a browser: 64 rows, two players each, all with their 2.56 seconds."""
     players = "[...document.querySelectorAll('#rows audio')]"
