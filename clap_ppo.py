@@ -696,8 +696,7 @@ def sample(policy: Policy, prompt_ids: Tensor, noise: Tensor) -> Tensor:
 def decode(pipeline, latents: Tensor, seconds: float) -> Tensor:
     """Waveforms (B, samples) float32 on the CPU in [-1, 1] of latents: VAE decoder, then vocoder.
 
-    Four clips at a time: the vocoder's activations are 1,000 times as large as the latents, and
-    more clips at once made it slower, not faster.
+    Four clips at a time: a vocoder's activations are large, and more made it slower, not faster.
     """
     samples = round(seconds * pipeline.vocoder.config.sampling_rate)
     parts = []

@@ -27,6 +27,8 @@ import ast
 import copy
 import dataclasses
 import doctest
+import inspect
+import io
 import itertools
 import json
 import math
@@ -36,6 +38,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1729,56 +1732,17 @@ def test_every_requirement_is_used(world):
     assert unused <= {"accelerate", "torchvision"} and unused <= set(sys.modules)
 
 
-def seeds_table() -> str:
-    """The README's table of results, from the evaluation.json of each seed's run."""
-    files = sorted((HERE / "samples/seeds").glob("*.json"))
-    runs = [json.loads(file.read_text()) for file in files]
-    columns = {"recognition": "recognition", "judge score": "judge_score", "reward": "reward",
-               "diversity": "diversity", "of recognised clips": "diversity_right"}
-    lines = ["| seed | " + " | ".join(columns) + " | gain in recognition | preference | "
-             "loudness | base, best of 4 |", "|" + "---|" * (len(columns) + 5)]
+def held_out_pairs() -> tuple[set, set]:
+    """Pairs of events that meet in a held-out prompt, and in a training prompt."""
+    sounds = module("toy_sounds")
 
-    def line(name, cells):
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    def pairs(name):
+        scenes = [sounds.canonical(sounds.parse(p)) for p in
+                  clap_ppo.read_prompts(str(HERE / f"samples/{name}.txt"))]
+        return {frozenset(pair) for _, events in scenes
+                for pair in itertools.combinations(events, 2)}
 
-    def mean(*path):
-        values = []
-        for run in runs:
-            for key in path:
-                run = run[key]
-            values.append(run["value"])
-        return sum(values) / len(values)
-
-    def interval(cell, sign=""):
-        return f"{cell['value']:{sign}.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"
-
-    for file, run in zip(files, runs):
-        line(file.stem, [f"{run['base'][k]['value']:.2f} \u2192 {run['tuned'][k]['value']:.2f}"
-                         for k in columns.values()]
-             + [interval(run["tuned_minus_base"]["recognition"], "+"), interval(run["preference"]),
-                f"{run['tuned_minus_base']['loudness']['value']:+.1f} dB",
-                f"{run['best_of_n']['recognition']['value']:.2f}"])
-    line("mean", [f"{mean('base', k):.2f} \u2192 {mean('tuned', k):.2f}" for k in columns.values()]
-         + [f"{mean('tuned_minus_base', 'recognition'):+.2f}", f"{mean('preference'):.2f}",
-            f"{mean('tuned_minus_base', 'loudness'):+.1f} dB",
-            f"{mean('best_of_n', 'recognition'):.2f}"])
-    return "\n".join(lines)
-
-
-def test_the_readme_shows_what_was_measured(capsys):
-    """The table is that of the committed evaluations; the log is that of the committed demo run."""
-    readme = (HERE / "README.md").read_text()
-    assert seeds_table() in readme
-    cfg = clap_ppo.Config(**json.loads((HERE / "samples/demo/config.json").read_text()))
-    rows = [json.loads(x) for x in (HERE / "samples/demo/metrics.jsonl").read_text().splitlines()]
-    shown = re.findall(r"^epoch +(\d+)/.*$", readme, flags=re.M)
-    assert len(shown) >= 3 and len(rows) == cfg.epochs
-    for epoch in shown:
-        clap_ppo.print_epoch(rows[int(epoch) - 1], cfg)
-        assert capsys.readouterr().out.strip() in readme
-    result = json.loads((HERE / "samples/demo/evaluation.json").read_text())
-    clap_ppo.print_evaluation(result)
-    assert capsys.readouterr().out.strip() in readme
+    return pairs("eval_prompts"), pairs("prompts")
 
 
 def test_the_held_out_prompts_ask_for_what_was_never_asked_in_training():
@@ -1790,13 +1754,8 @@ def test_the_held_out_prompts_ask_for_what_was_never_asked_in_training():
               for name in ("prompts", "eval_prompts", "published_prompts")}
     assert len(scenes["published_prompts"]) == 6
     assert not set(scenes["prompts"]) & set(scenes["eval_prompts"]), "not even in other words"
-
-    def pairs(scenes):
-        return {frozenset(pair) for _, events in scenes
-                for pair in itertools.combinations(events, 2)}
-
-    held_out = pairs(scenes["eval_prompts"])
-    assert len(held_out - pairs(scenes["prompts"])) >= len(held_out) / 2
+    held_out, trained = held_out_pairs()
+    assert len(held_out - trained) >= len(held_out) / 2
 
 
 def test_the_bundled_world_is_small():
@@ -2682,3 +2641,513 @@ def test_saving_costs_little(world, tmp_path):
     clap_ppo.save_checkpoint(tmp_path, world.policy.unet, world.optimizer, epoch=1, updates=1,
                              best={"adapter": state}, average=state, metrics=metrics)
     assert time.perf_counter() - began < 0.08
+
+
+# =================================================================================================
+# 12. Every number has an owner
+# =================================================================================================
+
+README = (HERE / "README.md").read_text()
+EXPERIMENTS = module("experiments")
+ROWS = EXPERIMENTS.read_rows()
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f}"
+
+
+def measured_claims() -> list[str]:
+    """What the README says in running text, with its numbers computed from the committed rows, the
+    configuration and the files they are about."""
+    runs, cfg = EXPERIMENTS.runs_of(ROWS, "defaults"), clap_ppo.Config()
+    long_cfg, _ = clap_ppo.parse_args(["--prompts", "p", *EXPERIMENTS.EXPERIMENTS["long"][2].split()])
+    short, _ = clap_ppo.parse_args(["--prompts", "p", *EXPERIMENTS.SHORT.split()])
+
+    def mean(side, metric):
+        return sum(run[side][metric]["value"] for run in runs) / len(runs)
+
+    def falls(metric):
+        found = sorted(1 - r["tuned"][metric]["value"] / r["base"][metric]["value"] for r in runs)
+        return f"{percent(found[0])} to {percent(found[-1])} %"
+
+    def clock(seconds):
+        return f"{round(seconds) // 60}:{round(seconds) % 60:02}"
+
+    costs = [row for row in ROWS if row["name"] == "cost" and "wall_seconds" in row]
+    walls = sorted(row["wall_seconds"] for row in costs)
+    preference = sum(run["preference"]["value"] for run in runs) / len(runs)
+    loudness = max(abs(run["tuned_minus_base"]["loudness"]["value"]) for run in runs)
+    train, held_out = (len(clap_ppo.read_prompts(str(HERE / f"samples/{name}.txt")))
+                       for name in ("prompts", "eval_prompts"))
+    real, real_held_out = (len(clap_ppo.read_prompts(str(HERE / f"samples/{name}.txt"))) for name in
+                           ("audiocaps_style_prompts", "eval_audiocaps_style_prompts"))
+    unseen, seen = held_out_pairs()
+    assert len(runs) == 5 and len(costs) == 6 and walls[-1] < 360          # "five", "under six"
+    assert min(run["tuned_minus_base"]["recognition"]["low"] for run in runs) > 0
+    assert long_cfg.epochs == 10 * cfg.epochs
+    wrong = re.search(r"WRONG_CAPTIONS = ([\d.]+)", (HERE / "samples/make_toy.py").read_text())[1]
+    return [
+        f"of {percent(mean('base', 'recognition'))} % of its clips before and "
+        f"{percent(mean('tuned', 'recognition'))} % after",
+        f"took {clock(walls[0])} to {clock(walls[-1])} minutes",
+        f"at most {max(row['peak_gib'] for row in costs):.1f} GiB of memory",
+        f"{held_out} held-out prompts, {cfg.eval_noises} clips of each",
+        f"all {held_out} (chance is {100 / held_out:.1f} %)",
+        f"in {percent(preference)} % of pairs", f"within {loudness:.1f} dB",
+        f"falls*, by {falls('diversity')}", f"it falls by {falls('diversity_right')}",
+        f"draws {cfg.prompts_per_epoch} prompts", f"a window of {cfg.window} consecutive",
+        f"makes {cfg.clips_per_prompt} clips of each prompt", f"Every {cfg.judge_every} epochs",
+        f"{short.epochs} epochs instead of {cfg.epochs}",
+        f"asked every {long_cfg.judge_every} epochs",
+        f"{percent(float(wrong))} % of the captions that the U-Net learned from are wrong",
+        f"holds {train} training prompts", f"`samples/eval_prompts.txt` {held_out} held-out ones",
+        f"{percent(len(unseen - seen) / len(unseen))} % of the pairs of events",
+        f"has {real} prompts", f"{real_held_out} more in the file beside it", *lessons(runs)]
+
+
+def lessons(runs: list[dict]) -> list[str]:
+    """The README's conclusions from the experiments, with their numbers."""
+    return []
+
+
+def preset_lines() -> list[str]:
+    """The README's table of presets: sizes from the architectures, the rest from the presets."""
+    bench, sizes = module("bench"), {}
+    for preset in ("audioldm", "audioldm2"):
+        pipeline, _ = bench.build_pipeline(preset, 2, torch.device("meta"))
+        sizes[preset] = [sum(p.numel() for p in getattr(pipeline, part).parameters())
+                         for part in ("unet", "vae", "vocoder")]
+    sizes_of_clap = clap_ppo.package_folder() / "clap_module/model_configs/HTSAT-tiny.json"
+    clap = clap_ppo.build_clap(json.loads(sizes_of_clap.read_text()))
+    clap_size = sum(p.numel() for p in clap.parameters())
+    from safetensors import safe_open
+    with safe_open(HERE / "samples/toy/pipeline/unet/diffusion_pytorch_model.safetensors", "pt") as f:
+        toy = sum(math.prod(f.get_slice(key).get_shape()) for key in f.keys())
+    lines = []
+    for preset, values in clap_ppo.PRESETS.items():
+        cfg = clap_ppo.Config(**values)
+        model, size, weights = "bundled", f"{toy / 1e6:.1f} M", ""
+        if preset in sizes:
+            model, size = f"`{cfg.model}`", f"{sizes[preset][0] / 1e6:.0f} M"
+            weights = f" {4 * (sum(sizes[preset]) + clap_size) / 1e9:.1f} GB"
+        lines.append(f"| `{preset}` | {model} | {size} | {cfg.num_steps} | {cfg.guidance_scale:g} |"
+                     f"{weights} |")
+    return [*lines, f"U-Net of {toy / 1e6:.1f} M parameters"]
+
+
+# Text with numbers that are no measurement, and the test that fails when the code says otherwise.
+OWNED = {
+    "Python 3.11 or 3.12": "test_every_requirement_is_used",
+    "brackets are 95 % intervals, by bootstrap": "test_the_bootstrap_interval_is_that_of_a_mean",
+    "± is a 95 % t-interval over seeds": "test_the_intervals_over_seeds_are_students",
+    "± is a 95 % t-interval over the seeds": "test_the_intervals_over_seeds_are_students",
+    "an interval that contains 0": "test_the_intervals_over_seeds_are_students",
+    r"""$$\sigma_t = \eta \sqrt{\frac{1-\bar\alpha_{t-1}}{1-\bar\alpha_t}}
+   \sqrt{1-\frac{\bar\alpha_t}{\bar\alpha_{t-1}}}, \qquad
+   \mu_t = \sqrt{\bar\alpha_{t-1}}\,\hat x_0 + \sqrt{1-\bar\alpha_{t-1}-\sigma_t^2}\;"""
+    r"\epsilon_\theta(x_t)$$": "test_a_step_and_its_log_prob_agree_with_diffusers_and_torch",
+    r"""$$\log \pi(x_{t-1} \mid x_t) = \frac{1}{D}\sum_d \left[-\frac{(x_{t-1}-\mu_t)_d^2}{2\sigma_t^2}
+   - \log\sigma_t - \tfrac12\log 2\pi\right]$$""":
+    "test_a_step_and_its_log_prob_agree_with_diffusers_and_torch",
+    r"$\eta = 0$": "test_without_eta_there_is_no_noise_and_eta_scales_it",
+    r"$\rho = \pi_\theta(x_{t-1} \mid x_t) / \pi_\mathrm{old}(x_{t-1} \mid x_t)$":
+    "test_every_epoch_of_a_run_begins_with_ratio_one",
+    r"$$L = -\,\mathbb{E}\left[\min\left(\rho A,\ \mathrm{clip}(\rho, 1-\varepsilon, "
+    r"1+\varepsilon)\,A\right)\right]$$":
+    "test_clipping_stops_what_went_far_enough_and_nothing_else",
+    r"so $\rho$ must be 1;": "test_every_epoch_of_a_run_begins_with_ratio_one",
+    "what would make the ratio differ from 1?": "test_every_epoch_of_a_run_begins_with_ratio_one",
+    "Sections 1 and 2 of `clap_ppo.py` need torch only":
+    "test_sections_one_and_two_need_nothing_but_torch",
+    "`spread` near 0": "test_groups_whose_clips_score_alike_are_left_out",
+    "(`clipped` near 1)": "test_clipping_stops_what_went_far_enough_and_nothing_else",
+    "the ratio ... is off 1": "test_a_broken_replay_stops_the_run_and_names_the_cause",
+}
+# Names that contain digits, and the terms of licences.
+NAMES = ["AudioLDM2", "runs/toy-1", "float32", "bfloat16", "630k-audioset-best.pt",
+         "music_audioset_epoch_15_esc_90.14.pt", "CC BY-NC-SA 4.0", "CC0", "Apache 2.0"]
+
+
+def without(text: str, part: str) -> tuple[str, bool]:
+    """`text` with every occurrence of `part` taken out, however its lines are broken; and whether
+    there was one. A number at the end of `part` must end there."""
+    pattern = r"\s+".join(map(re.escape, part.split()))
+    pattern = (r"(?<![\d.])" if part[0].isdigit() else "") + pattern
+    pattern += r"(?![\d.]*\d)" if part[-1].isdigit() else ""
+    text, count = re.subn(pattern, " ", text)
+    return text, count > 0
+
+
+def unowned(readme: str, claims: list[str]) -> list[str]:
+    """What a README says that nothing vouches for: stale tables, claims that are not (or no longer)
+    true, and digits that are left when everything with an owner is taken out."""
+    wrong = []
+    for name, part in EXPERIMENTS.blocks(ROWS).items():
+        block = f"<!-- {name} -->\n{part}\n<!-- /{name} -->\n"
+        wrong += [] if block in readme else [f"the table {name!r} is not that of the results"]
+        readme = readme.replace(block, "")
+    for left, right in re.findall(r"\[(\d{4}\.\d{5})\]\(https://arxiv.org/abs/([\d.]+)\)", readme):
+        wrong += [] if left == right and left in PAPERS else [f"arXiv {left} or {right}"]
+    readme = re.sub(r"\[\d{4}\.\d{5}\]\(https://arxiv.org/abs/[\d.]+\)", "", readme)
+    wrong += [] if EXPERIMENTS.point(readme) == readme else ["a link to a line of clap_ppo.py"]
+    readme = re.sub(r"\(clap_ppo\.py#L\d+\)", "", readme)
+    readme = re.sub(r"\[section [12]\]", "", readme)
+    readme = re.sub(r"```.*?```", "", readme, flags=re.S)           # commands and code: run below
+    minutes = re.findall(r"^\| (\d+) \|", readme, flags=re.M)
+    wrong += [] if sum(map(int, minutes)) == 15 else ["the minutes do not add up to fifteen"]
+    readme = re.sub(r"^\| \d+ \|", "", readme, flags=re.M)
+    steps = re.findall(r"^(\d+)\. ", readme, flags=re.M)
+    wrong += [] if steps == list("123456") else [f"steps {steps}"]
+    readme = re.sub(r"^\d+\. ", "", readme, flags=re.M)
+    for claim in [*claims, *OWNED, *NAMES]:
+        readme, found = without(readme, claim)
+        wrong += [] if found else [f"not in the README: {claim}"]
+    return wrong + [f"nothing vouches for: {line}" for line in readme.splitlines()
+                    if re.search(r"\d", line)]
+
+
+PAPERS = {"2010.02502", "2305.13301", "1707.06347", "2211.06687", "2106.09685", "2507.21802",
+          "2505.07818", "2507.18071", "2302.12192", "2301.12503", "2308.05734"}
+
+
+@pytest.fixture(scope="module")
+def claims() -> list[str]:
+    """All that `unowned` needs; the full-size CLAP is built once to count its parameters."""
+    return [*measured_claims(), *preset_lines()]
+
+
+def test_every_number_in_the_readme_has_an_owner(claims):
+    """A table made from `samples/results.jsonl`, a claim computed from it, or a test by name. After
+    an experiment or an edit, `python samples/experiments.py report` renews tables and line links."""
+    assert unowned(README, claims) == []
+    tests = {name for name in globals() if name.startswith("test_")}
+    assert set(OWNED.values()) <= tests
+
+
+def test_a_changed_number_in_the_readme_is_noticed(claims):
+    """Each number in turn, with 1 added to its last digit: the test above would fail."""
+    code = [(m.start(), m.end()) for m in re.finditer(r"```.*?```", README, flags=re.S)
+            if not README[:m.start()].endswith("<!-- log -->\n")]
+    missed = []
+    for number in re.finditer(r"\d+", README):
+        if any(start < number.start() < end for start, end in code):
+            continue
+        end = number.end()
+        changed = README[:end - 1] + str((int(README[end - 1]) + 1) % 10) + README[end:]
+        if unowned(changed, claims) == []:
+            missed.append(README[number.start() - 40:end + 20])
+    assert missed == []
+
+
+def test_the_intervals_over_seeds_are_students():
+    """mean ± t s / sqrt(n), as scipy has it."""
+    from scipy import stats
+    for values in ([0.1, 0.2], [0.1, 0.2, 0.4], [0.1, 0.2, 0.4, 0.3, 0.0]):
+        low, high = stats.t.interval(0.95, len(values) - 1, loc=np.mean(values),
+                                     scale=stats.sem(values))
+        mean, half = map(float, EXPERIMENTS.spread(values, digits=4).split(" ± "))
+        assert (mean - half, mean + half) == pytest.approx((low, high), abs=2e-4)
+    assert EXPERIMENTS.spread([0.25]) == "+0.25"
+
+
+def test_every_experiment_was_run_with_all_its_seeds():
+    """No row is missing, none is there twice, each has the flags of its experiment."""
+    for name, (_, seeds, flags, _) in EXPERIMENTS.EXPERIMENTS.items():
+        runs = EXPERIMENTS.runs_of(ROWS, name)
+        assert [run["seed"] for run in runs] == list(range(seeds)), name
+        assert {run["flags"] for run in runs} == {flags}, name
+    assert [r["n"] for r in ROWS if r["name"] == "best-of-n"] == [1, 2, 4, 8, 16, 44]
+
+
+def test_every_logged_metric_is_explained(finished_run):
+    """The README's table has a line for each key of metrics.jsonl, with the name that the terminal
+    shows beside it."""
+    explained = {key: short for key, short, _, _ in EXPERIMENTS.METRICS}
+    logged = {key for row in finished_run.metrics for key in row}
+    assert logged == {*explained, "epoch"}
+    line = next(x for x in finished_run.out.splitlines() if "judge" in x and x.startswith("epoch"))
+    assert all(f"{short} " in line for short in explained.values() if short)
+
+
+def test_every_link_in_the_readme_resolves():
+    """Files exist, anchors are headings, links into the script hit the function they name."""
+    anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-")
+               for h in re.findall(r"^#+ (.*)$", README, flags=re.M)}
+    links = re.findall(r"\]\(([^)\s]+)\)", README)
+    assert len(links) > 30
+    for link in links:
+        path, _, anchor = link.partition("#")
+        if path.startswith("https://"):
+            continue
+        assert not path or (HERE / path).exists(), link
+        if anchor and not path:
+            assert anchor in anchors, link
+    lines = SOURCE.splitlines()
+    for name, number in re.findall(r"\[`(\w+)`\]\(clap_ppo\.py#L(\d+)\)", README):
+        assert lines[int(number) - 1].startswith(f"def {name}("), name
+    for name, number in re.findall(r"\[section (\d)\]\(clap_ppo\.py#L(\d+)\)", README):
+        assert lines[int(number) - 1].startswith(f"# ==== {name}. "), name
+
+
+SMALL = ["--prompts", "prompts.txt", *TINY, "--epochs", "1"]
+CLAP_PPO, PYTHON = [sys.executable, str(HERE / "clap_ppo.py")], [sys.executable]
+# Each command of the README, and what runs in its place: the same program with a small budget.
+# None: the command of another test (which is named), or of .ci/run.
+COMMANDS = {
+    "pip install -r requirements.txt": None,                                         # .ci/run
+    "pytest test_clap_ppo.py": None,                                                 # .ci/run
+    "python clap_ppo.py --prompts samples/prompts.txt": [*CLAP_PPO, *SMALL, "--out", "runs/toy-1"],
+    "python clap_ppo.py --resume runs/toy-1": [*CLAP_PPO, "--resume", "runs/toy-1", "--epochs", "2"],
+    "python clap_ppo.py --prompts samples/audiocaps_style_prompts.txt --preset audioldm": None,
+    "python clap_ppo.py --prompts samples/audiocaps_style_prompts.txt --preset audioldm2":
+    None,                                    # test_real_architectures_run_from_their_folders_on_policy
+    "python samples/pool_listeners.py listener-*.json":
+    None,                                    # test_the_blind_test_by_keyboard_and_its_rates
+    "python samples/experiments.py": [*PYTHON, str(HERE / "samples/experiments.py")],
+    "python samples/experiments.py report": None,     # test_every_number_in_the_readme_has_an_owner
+    "python samples/bench.py --preset audioldm --device cuda --micro-batches 4 8 16 32":
+    None,                                    # test_the_bench_says_what_an_epoch_costs
+    "PYTHONPATH=path/to/clap-ppo python loud.py": None,    # test_an_own_reward_in_an_empty_folder
+    "python samples/make_toy.py": None,      # test_the_toy_world_is_rebuilt_by_its_script
+}
+
+
+def test_every_command_of_the_readme_runs(prompt_file, tmp_path):
+    """In the README's order, in a folder with a prompt file and nothing else."""
+    blocks = re.findall(r"^```\n(.*?)^```", README, flags=re.S | re.M)
+    shown = [line for block in blocks for line in block.splitlines()
+             if re.match(r"(python|pip|pytest)\b", line)]
+    shown += [span.replace("\n", " ") for span in re.findall(r"`([^`]*python [^`]*)`",
+                                                             re.sub(r"```.*?```", "", README, flags=re.S))]
+    assert set(shown) == set(COMMANDS)
+    for name in ("prompts.txt", "eval_prompts.txt"):
+        (tmp_path / name).write_text(prompt_file.with_name(name).read_text())
+    for command in (c for c in COMMANDS.values() if c):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, (command, done.stderr[-2000:])
+    assert (tmp_path / "runs/toy-1/index.html").exists()
+
+
+def python_block(word: str) -> str:
+    """The README's Python example that contains `word`."""
+    blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.S | re.M)
+    return next(block for block in blocks if word in block)
+
+
+def test_the_step_of_the_readme_works_where_it_is_pasted(tmp_path):
+    """A script of its own, in a folder of its own; it prints four log-probs that are plausible: an
+    element of a Gaussian has -log(sigma) - log(2 pi e) / 2 nats on average."""
+    (tmp_path / "step.py").write_text("import torch; torch.manual_seed(0)\n"
+                                      + python_block("gaussian_log_prob"))
+    done = subprocess.run([sys.executable, "step.py"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert done.returncode == 0, done.stderr
+    shown = [float(x) for x in re.findall(r"-?\d+\.\d+", done.stdout)]
+    schedule = clap_ppo.ddim_schedule(__import__("diffusers").DDIMScheduler(), 10)
+    sigma = clap_ppo.ddim_sigma(schedule.alpha_bar_t[3], schedule.alpha_bar_prev[3], 1.0).item()
+    expected = -math.log(sigma) - 0.5 * math.log(2 * math.pi * math.e)
+    assert shown == pytest.approx([expected] * 4, abs=0.1)
+
+
+def test_an_own_reward_in_an_empty_folder(tmp_path):
+    """Copied from the README and run with a small budget: it trains on loudness and says so."""
+    code = python_block("loudness")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    small = code.replace('"--epochs", "5"', ", ".join(map(repr, [*TINY, "--epochs", "1"])))
+    assert small != code
+    (tmp_path / "loud.py").write_text(small)
+    done = subprocess.run([sys.executable, "loud.py"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    row = json.loads((tmp_path / "runs/toy-1/metrics.jsonl").read_text().splitlines()[0])
+    assert 0.001 < row["reward"] < 0.5 and "reward " in done.stdout        # an RMS, no cosine
+
+
+def test_sections_one_and_two_need_nothing_but_torch(tmp_path):
+    """Cut out, with four imports on top, they import and agree with the file they came from."""
+    begin, end = (SOURCE.index(f"# ==== {n}. ") for n in (1, 3))
+    head = ("import math\nfrom typing import NamedTuple\nimport torch\nfrom torch import Tensor\n")
+    (tmp_path / "policy.py").write_text(head + SOURCE[begin:end])
+    code = ("import sys, policy, torch; "
+            "print(policy.group_advantages(torch.tensor([[1., 2., 3.]])).tolist(), "
+            "[m for m in ('diffusers', 'transformers', 'peft', 'clap_ppo') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.startswith("[[-1.22") and done.stdout.endswith("[]\n")
+
+
+def prose(source: str) -> list[tuple[int, str]]:
+    """(line, text) of each comment and of each line of each docstring, doctests left out."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    found = [(t.start[0], t.string) for t in tokens if t.type == tokenize.COMMENT]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            text = re.sub(r"^ *>>>.*(?:\n *\S.*)*", lambda m: "\n" * m[0].count("\n"),
+                          ast.get_docstring(node, clean=False), flags=re.M)
+            found += [(node.body[0].lineno + i, x) for i, x in enumerate(text.splitlines())]
+    return sorted(found)
+
+
+def rounding_moves_the_ratio() -> bool:
+    """x_t and x_{t-1} rounded to bfloat16 move a row's ratio by more than a thousandth, ten times
+    the clip range, at AudioLDM's late steps."""
+    schedule = clap_ppo.ddim_schedule(make_scheduler(), 50)
+    bars = schedule.alpha_bar_t[-2], schedule.alpha_bar_prev[-2]
+    sigma = clap_ppo.ddim_sigma(*bars, 1.0)
+    latents, noise = torch.randn(2, 4, 8, 128, 16, generator=seeded(0))
+    mean = clap_ppo.ddim_mean(noise, latents, *bars, sigma)
+    action = mean + sigma * torch.randn(mean.shape, generator=seeded(1))
+    rounded = clap_ppo.ddim_mean(noise, latents.bfloat16().float(), *bars, sigma)
+    change = (clap_ppo.gaussian_log_prob(action, rounded, sigma)
+              - clap_ppo.gaussian_log_prob(action, mean, sigma))
+    return bool((change.exp() - 1).abs().min() > 5e-4) and clap_ppo.Config().clip_range == 1e-4
+
+
+def widths() -> tuple[float, float]:
+    """How much wider AudioLDM's U-Net is than the toy's, at its first and at its last level."""
+    toy = json.loads((HERE / "samples/toy/pipeline/unet/config.json").read_text())
+    real = module("bench").LEVELS["block_out_channels"]
+    return (real[0] / toy["block_out_channels"][0], real[-1] / toy["block_out_channels"][-1])
+
+
+def elements(preset: str) -> int:
+    """D of a preset: 8 channels, a quarter (toy: an eighth) of the mel frames and bands."""
+    if preset == "toy":
+        return 1024
+    return 8 * math.ceil(clap_ppo.Config(**clap_ppo.PRESETS[preset]).seconds * 100 / 4) * 64 // 4
+
+
+def roberta_megabytes() -> float:
+    from transformers import RobertaConfig, RobertaModel
+    with torch.device("meta"):
+        model = RobertaModel(RobertaConfig(vocab_size=50265, max_position_embeddings=514))
+    return sum(p.numel() for p in model.parameters()) * 4 / 1e6
+
+
+# Each number, range and equation in a comment or docstring of clap_ppo.py: a check, or a test.
+SCRIPT_OWNED = {
+    "(2 of 10)": lambda: (clap_ppo.Config().window, clap_ppo.Config().num_steps) == (2, 10),
+    "`--noise-window all --noise-until 1 --no-shared-noise`":
+    lambda: config("--noise-window", "all", "--noise-until", "1", "--no-shared-noise"),
+    "asserted to be 1": "test_every_epoch_of_a_run_begins_with_ratio_one",
+    "t - 1000 // T (for 1000 training steps)":
+    "test_a_step_and_its_log_prob_agree_with_diffusers_and_torch",
+    "below 0 it arrives": "test_a_step_and_its_log_prob_agree_with_diffusers_and_torch",
+    "eta 0 gives 0, eta 1 DDPM's": "test_without_eta_there_is_no_noise_and_eta_scales_it",
+    "ratio by 1e-3, and PPO clips at 1e-4": rounding_moves_the_ratio,
+    "v = sqrt(abar) eps - sqrt(1 - abar) x_0":
+    "test_a_step_and_its_log_prob_agree_with_diffusers_and_torch",
+    "rounding at eta 1": "test_a_step_and_its_log_prob_agree_with_diffusers_and_torch",
+    "D = 1,024 to 16,384 elements": lambda: (elements("toy"), elements("audioldm")) == (1024, 16384),
+    "where sigma is 0": "test_each_row_has_its_own_sigma_and_one_zero_among_them_is_refused",
+    "scale 1 the unconditional pass": "test_guidance_of_one_skips_the_unconditional_pass",
+    "its advantages are 0": "test_a_group_without_spread_teaches_nothing",
+    "K >= 2": "test_rewards_that_cannot_be_compared_are_refused",
+    "K < 2": "test_rewards_that_cannot_be_compared_are_refused",
+    "until 1 + clip_range": "test_clipping_stops_what_went_far_enough_and_nothing_else",
+    "until 1 - clip_range": "test_clipping_stops_what_went_far_enough_and_nothing_else",
+    "the gradient is 0": "test_clipping_stops_what_went_far_enough_and_nothing_else",
+    "mean((ratio - 1) - log ratio)": "test_approx_kl_estimates_the_kl_and_is_never_negative",
+    "||mean - mean_base||^2 / (2 sigma^2)":
+    "test_the_kl_to_the_base_is_the_closed_form_of_two_gaussians",
+    "N(mean, sigma^2)": "test_a_step_and_its_log_prob_agree_with_diffusers_and_torch",
+    "N(mean(x_t, prompt), sigma_t^2)": "test_a_step_and_its_log_prob_agree_with_diffusers_and_torch",
+    "exit code 2": "test_a_prompt_file_that_cannot_be_used_is_named_with_its_line",
+    "4 to 7 times as wide as the toy's": lambda: [math.floor(x) for x in widths()] == [4, 6],
+    "a clip of 5.12 s has latents of D = 16,384": lambda: elements("audioldm") == 16384,
+    "at most 200 characters": lambda: len(clap_ppo.first_line(ValueError("x" * 900))) == 200,
+    '(2, ...): "", prompt': "test_the_conditions_of_audioldm2_do_not_depend_on_the_batch",
+    "(0: all of them)": "test_train_steps_draws_that_many_rows_of_every_clip",
+    "500 MB of RoBERTa": lambda: round(roberta_megabytes(), -1) == 500,
+    "waveforms (N, samples) in [-1, 1]": "test_a_clip_scores_the_same_alone_in_any_batch_and_twice",
+    "on the CPU in [-1, 1]": "test_the_decoder_gives_waveforms_in_range",
+    "Cosine similarity in [-1, 1]": "test_each_clip_is_scored_against_its_own_prompt",
+    "Largest |ratio - 1|": "test_a_broken_replay_stops_the_run_and_names_the_cause",
+    "(chance 1/M)": "test_a_judge_that_always_hears_the_prompt_has_a_recognition_of_one",
+    "(below -60 dBFS)": "test_diversity_loudness_and_broken_clips_mean_what_they_say",
+    "(1 % of samples at full scale)": "test_diversity_loudness_and_broken_clips_mean_what_they_say",
+    "95 % percentile bootstrap": "test_the_bootstrap_interval_is_that_of_a_mean",
+    "95 % Wilson": "test_wilsons_interval_has_its_published_values",
+    "with 95 % intervals": "test_wilsons_interval_has_its_published_values",
+    "60 dB deep: base64 of 4 bits a cell": "test_the_mel_picture_is_where_the_sound_is",
+    "Exit code: 0; 2 after": "test_a_prompt_file_that_cannot_be_used_is_named_with_its_line",
+    "128 + signal": "test_ctrl_c_has_the_exit_code_of_its_signal",
+    "STEP 1 to 6": "test_the_steps_of_the_docstring_are_those_of_the_code",
+}
+# What is no number: symbols, types, names, citations.
+SYMBOLS = (r"x_0|x_\{t-1\}|x_T|float32|bfloat16|int64|AudioLDM2|GPT2Model|T5|UTF-8|F401|STEP \d|"
+           r"Eq\. \d+(?: and \d+)?|\(?\d{4}\.\d{5}\)?|\b(?:19|20)\d\d\b|# ==== \d+\.|^ {4}\d\. ")
+
+
+def test_every_number_in_a_comment_or_docstring_of_the_script_has_an_owner():
+    """What is left without symbols and owned phrases has no digit; each owner says yes."""
+    text, missing = "\n".join(text for _, text in prose(SOURCE)), []
+    for phrase in SCRIPT_OWNED:
+        text, found = without(text, phrase)
+        missing += [] if found else [phrase]
+    assert missing == [], "not in the script"
+    text = re.sub(SYMBOLS, " ", text, flags=re.M)
+    assert [line for line in text.splitlines() if re.search(r"\d", line)] == []
+    for phrase, owner in SCRIPT_OWNED.items():
+        assert owner in globals() if isinstance(owner, str) else owner(), phrase
+    assert set(re.findall(r"\b\d{4}\.\d{5}\b", SOURCE)) <= PAPERS
+    assert re.findall(r"^# ==== (\d+)\.", SOURCE, flags=re.M) == [str(i) for i in range(1, 12)]
+
+
+def test_the_decoder_gives_waveforms_in_range(world, monkeypatch):
+    """Of the length asked for, float32, and clipped where a vocoder is too loud."""
+    vocode = world.pipeline.mel_spectrogram_to_waveform
+    monkeypatch.setattr(world.pipeline, "mel_spectrogram_to_waveform", lambda mel: 99 * vocode(mel))
+    waveforms = clap_ppo.decode(world.pipeline, torch.randn(5, 8, 16, 8), 1.0)
+    assert waveforms.shape == (5, 16000) and waveforms.dtype == torch.float32
+    assert waveforms.max() == 1 and waveforms.min() == -1
+
+
+def documented_shapes(function) -> dict[str, tuple[str, ...]]:
+    """{argument: its symbols} as the docstring has them, "latents (B, C, H, W)"; and "return"."""
+    text = " ".join((function.__doc__ or "").split())
+    shape = r"\(((?:[A-Z]\w*|samples|b)(?:, (?:[A-Z]\w*|samples))*),?\)"
+    arguments = function.__code__.co_varnames[:function.__code__.co_argcount]
+    found = {}
+    for names, symbols in re.findall(r"((?:\w+, )*\w+):? " + shape, text):
+        for name in names.split(", "):
+            if name in arguments:
+                found[name] = tuple(symbols.split(", "))
+    for symbols in re.findall(r"Returns: " + shape, text):
+        found["return"] = tuple(symbols.split(", "))
+    return found
+
+
+def test_the_shapes_in_the_docstrings_are_those_of_a_run(prompt_file, tmp_path, monkeypatch):
+    """Every function whose docstring gives shapes is watched during a small run. Within a call a
+    symbol stands for one size; a scalar may stand where "(B,) or scalar" is written."""
+    checked, wrong = set(), []
+
+    def watch(name, function):
+        shapes = documented_shapes(inspect.unwrap(function))
+        names = inspect.unwrap(function).__code__.co_varnames
+
+        def watched(*args, **kwargs):
+            result = function(*args, **kwargs)
+            values = {**dict(zip(names, args)), **kwargs, "return": result}
+            sizes = {}
+            for argument, symbols in shapes.items():
+                value = values.get(argument)
+                if not isinstance(value, torch.Tensor) or (value.dim() == 0 and len(symbols) == 1):
+                    continue
+                checked.add((name, argument))
+                if len(value.shape) != len(symbols) and "..." not in symbols:
+                    wrong.append((name, argument, symbols, tuple(value.shape)))
+                for symbol, size in zip(symbols, value.shape):
+                    if sizes.setdefault(symbol, size) != size:
+                        wrong.append((name, argument, symbols, tuple(value.shape)))
+            return result
+        return watched
+
+    for name, function in list(vars(clap_ppo).items()):
+        if inspect.isfunction(function) and documented_shapes(inspect.unwrap(function)):
+            monkeypatch.setattr(clap_ppo, name, watch(name, function))
+    assert clap_ppo.main(["--prompts", str(prompt_file), *TOY_FLAGS, *TINY, "--epochs", "1",
+                          "--kl-weight", "0.1", "--guidance-scale", "2", "--clips-per-prompt", "3",
+                          "--out", str(tmp_path / "run")]) == 0
+    assert wrong == []
+    assert len(checked) > 25 and len({name for name, _ in checked}) > 10, sorted(checked)

@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=list(clap_ppo.PRESETS), default="toy")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=None)
+    parser.add_argument("--save", default="", help="a file to which each line is added as JSON")
     parser.add_argument("flags", nargs="*", help="flags of clap_ppo.py after --, such as "
                         "-- --dtype float16 --clips-per-prompt 8")
     args = parser.parse_args()
@@ -192,6 +193,13 @@ def main() -> None:
         print(f"micro-batch {micro_batch:>3}: epoch {total:.2f} s  ({phases})  overhead "
               f"{total / alone:.3f}  {cfg.clips_per_epoch / total:.1f} clips/s  "
               f"peak {peak:.1f} GiB", flush=True)
+        if args.save:
+            row = {"name": "bench", "seed": 0, "preset": args.preset, "device": name,
+                   "micro_batch": micro_batch, "clips": cfg.clips_per_epoch,
+                   "seconds": round(total, 2), "overhead": round(total / alone, 3),
+                   "peak_gib": round(peak, 2), "flags": " ".join(args.flags)}
+            with open(args.save, "a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

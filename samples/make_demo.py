@@ -1,7 +1,7 @@
 """Makes samples/demo from a finished run of the bundled model: its figures, its page, a few clips.
 
-    python clap_ppo.py --prompts samples/prompts.txt --out runs/demo
-    python samples/make_demo.py runs/demo
+    python clap_ppo.py --prompts samples/prompts.txt | tee log.txt
+    python samples/make_demo.py runs/toy-1 log.txt
 
 The page shows 12 of the run's held-out prompts and, from the same adapter, the six prompts that the
 method was published with: in the toy's voice, so they show what PPO changed here and nothing about
@@ -38,13 +38,14 @@ def published_rows(run: Path, folder: Path, cfg: clap_ppo.Config) -> list[dict]:
     return [{**row, "note": note} for row in rows]
 
 
-def main(run: Path, demo: Path = HERE / "demo") -> None:
-    """Replaces `demo` by what is worth keeping of `run`."""
+def main(run: Path, log: Path, demo: Path = HERE / "demo") -> None:
+    """Replaces `demo` by what is worth keeping of `run` and by what it printed."""
     cfg = clap_ppo.Config(**json.loads((run / "config.json").read_text()))
     text = (run / "data.js").read_text()
     data = json.loads(text.removeprefix("window.CLAP_PPO_RUN = ").removesuffix(";\n"))
     shutil.rmtree(demo, ignore_errors=True)
     demo.mkdir()
+    shutil.copy(log, demo / "log.txt")
     held_out = data["rows"][::max(1, len(data["rows"]) // 12)][:12]
     data["rows"] = published_rows(run, demo, cfg) + held_out
     for row in data["rows"]:
@@ -63,6 +64,6 @@ def main(run: Path, demo: Path = HERE / "demo") -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not Path(sys.argv[1], "evaluation.json").is_file():
-        sys.exit("usage: python samples/make_demo.py RUN, a finished run's directory")
-    main(Path(sys.argv[1]))
+    if len(sys.argv) != 3 or not Path(sys.argv[1], "evaluation.json").is_file():
+        sys.exit("usage: python samples/make_demo.py RUN LOG: a finished run's directory and output")
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
