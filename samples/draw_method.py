@@ -66,7 +66,8 @@ def draw(world, found: dict, path: Path) -> None:
         axes["rewards"].text(max(0.0, rewards[k].item()) + 0.04, y, f"{advantages[k]:+.1f}",
                              va="center", fontsize=8)
     axes["rewards"].set(xlabel="CLAP reward (dashed: mean); at its end the advantage", yticks=[],
-                        xlim=(min(0, rewards.min().item()) - 0.05, 1.25), title="compared with each other")
+                        xlim=(min(0, rewards.min().item()) - 0.05, 1.25),
+                        title="compared with each other")
     for name, k in (("best", order[-1]), ("worst", order[0])):
         axes[name].specgram(found["waveforms"][k].numpy() + 1e-5, NFFT=512, noverlap=384,
                             Fs=world.sample_rate, vmin=-110, cmap="magma")

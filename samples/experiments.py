@@ -165,13 +165,10 @@ EXPERIMENTS: dict[str, tuple] = {
                  f"{SHORT} --guidance-scale 2", {}),
     "kl-0.01": ("KL weight 0.01", 3, f"{SHORT} --kl-weight 0.01", {}),
     "kl-0.1": ("KL weight 0.1", 3, f"{SHORT} --kl-weight 0.1", {}),
-    "kl-10": ("KL weight 10", 3, f"{SHORT} --kl-weight 10", {}),
     "rank-1": ("LoRA rank 1", 3, f"{SHORT} --lora-rank 1", {}),
     "rank-4": ("LoRA rank 4", 3, f"{SHORT} --lora-rank 4", {}),
     "rank-16": ("LoRA rank 16", 3, f"{SHORT} --lora-rank 16", {}),
     "full": ("all weights, a tenth of the learning rate", 3, f"{SHORT} --learning-rate 2e-4", FULL),
-    "attention": ("LoRA on the attention only", 3, SHORT, ATTENTION),
-    "last-weights": ("the last weights, no average", 3, f"{SHORT} --ema 0", {}),
 }
 
 

@@ -65,5 +65,5 @@ def main(run: Path, log: Path, demo: Path = HERE / "demo") -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or not Path(sys.argv[1], "evaluation.json").is_file():
-        sys.exit("usage: python samples/make_demo.py RUN LOG: a finished run's directory and output")
+        sys.exit("usage: python samples/make_demo.py RUN LOG, a finished run and its output")
     main(Path(sys.argv[1]), Path(sys.argv[2]))
