@@ -26,13 +26,12 @@ of the table, D = C * H * W latent elements.
 
 Where this differs from DDPO (Black et al. 2023), and why:
     1. The K clips of a prompt start from one noise x_T. The policy does not choose x_T, so its luck
-       must not enter the advantage.
+       need not enter the advantage, and the path to the noisy steps is computed once per prompt.
     2. Noise is added in a short window of steps only (2 of 10), plain DDIM elsewhere. Reward
-       differences within a group then come from those actions, and only those are trained. All
-       K clips share the path to the window, which is therefore computed once per prompt. The
-       windows lie early (`--noise-until`), where it is decided which sounds there will be: late
-       steps change the reward little and the log-prob much, so they drowned the others' gradient.
-       `--noise-window all --noise-until 1 --no-shared-noise` is the textbook policy, same code.
+       differences within a group then come from those actions, and only those are trained. The
+       windows lie early (`--noise-until`), where it is decided which sounds there will be.
+       `--noise-window all --noise-until 1 --no-shared-noise` is the textbook policy, same code; the
+       README compares them, and most of what follows here, in runs of three seeds.
     3. Advantages use the statistics of this epoch's K clips of the prompt, no running buffer.
     4. The last step is sampled but not trained: its sigma is so small that its log-prob is noise.
     5. The ratio before an epoch's first update is asserted to be 1.
@@ -129,9 +128,10 @@ def ddim_mean(model_output: Tensor, latents: Tensor, alpha_bar_t: Tensor, alpha_
 def gaussian_log_prob(x: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
     """Log-density of x under N(mean, sigma^2), in nats per latent element: the mean over elements.
 
-    The mean, not the sum: a clip has D = 1,024 to 16,384 elements, and exp(difference of sums)
-    overflows after one update. exp(difference of means) is the D-th root of the true ratio, the
-    length-normalised ratio of GSPO (Zheng et al. 2025), and `clip_range` is nats per element.
+    The mean, not the sum: a sum grows with the number of elements, D = 1,024 for the toy's clips
+    and 16,384 for AudioLDM's of 5.12 s, and so would what a clip range means. exp(difference of
+    means) is the D-th root of the true ratio, the length-normalised ratio of GSPO (Zheng et al.
+    2025), and `clip_range` is nats per element.
 
     >>> gaussian_log_prob(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1))    # -log(2 pi) / 2
     tensor([-0.9189])

@@ -12,12 +12,12 @@ has never heard of this script. Where a model is needed for the argument only, `
 network of one matrix, small enough that every number can be foreseen. Where the real classes are
 the point, it is the bundled toy world, with budgets of seconds.
 
-    1  a denoising step is a Gaussian policy          5  what clipping does, case by case
-    2  replaying a trajectory gives ratio 1           6  all of it learns
-    3  the reward                                     7  nothing is lost: resume, bad input
-    4  the advantage                                  8  the promises on the box
-
-    9  hear it: the page    10  real models    11  kill it, starve it, feed it nonsense
+    1  a denoising step is a Gaussian policy          7  nothing is lost: resume, bad input
+    2  replaying a trajectory gives ratio 1           8  the promises on the box
+    3  the reward                                     9  hear it: the page
+    4  the advantage                                 10  real models
+    5  what clipping does, case by case              11  kill it, starve it, feed it nonsense
+    6  all of it learns                              12  every number has an owner
 
 CLAP_PPO_TOY=DIR tries another toy world of the same layout than `samples/toy`.
 """
@@ -2707,7 +2707,65 @@ def measured_claims() -> list[str]:
 
 def lessons(runs: list[dict]) -> list[str]:
     """The README's conclusions from the experiments, with their numbers."""
-    return []
+    def recognised(row, side="tuned"):
+        return row[side]["recognition"]["value"]
+
+    best = {row["n"]: row["recognition"]["value"] for row in ROWS if row["name"] == "best-of-n"}
+    tuned = sum(map(recognised, runs)) / len(runs)
+    assert abs(tuned - best[2]) < 0.05 and tuned < best[4]             # "about as often", "less"
+    guided = {name: recognised(EXPERIMENTS.runs_of(ROWS, name)[0], "base")
+              for name in ("guidance", "ddpo")}
+    long = [row for row in ROWS if row["name"] == "long" and "epoch" in row]
+    kept, last = max(long, key=lambda row: row["judge_score"]), long[-1]
+    assert last["rollout_reward"] < kept["rollout_reward"] and last["reward"] < kept["reward"]
+    calls = runs[0]["clips"]
+
+    def gains(name):
+        return [EXPERIMENTS.gain(run, "judge_score") for run in EXPERIMENTS.runs_of(ROWS, name)]
+
+    def seconds(name):
+        return np.mean([run["seconds"] for run in EXPERIMENTS.runs_of(ROWS, name)])
+
+    def differs(name):
+        against = EXPERIMENTS.spread([a - b for a, b in zip(gains(name), gains("short"))], 4)
+        mean, half = map(float, against.split(" ± "))
+        return abs(mean) > half
+
+    for name in ("all-steps", "all-steps-5", "all-steps-2", "rank-1", "full", "regression",
+                 "regression-slow"):
+        assert all(a < b for a, b in zip(gains(name), gains("short"))), f"{name}: in each seed"
+    assert 1.8 < seconds("all-steps") / seconds("short") < 2.5              # "twice the time"
+    assert max(np.mean(gains(name)) for name in ("regression", "regression-slow")) < 0.01
+    assert max(np.mean(gains(name)) for name in ("guidance", "ddpo")) < 0.02
+    alike = ("sum", "global", "no-clipping", "kl-0.01", "kl-0.1", "rank-4", "rank-16", "own-noise",
+             "group-2", "group-4", "group-8")
+    assert [name for name in alike if differs(name)] == []
+    assert np.mean(gains("last-step")) == pytest.approx(np.mean(gains("all-steps-5")), abs=0.02)
+    assert min(gains("group-2")) > 0
+    flags = {name: clap_ppo.parse_args(["--prompts", "p", *value[2].split()])[0]
+             for name, value in EXPERIMENTS.EXPERIMENTS.items()}
+    assert flags["full"].learning_rate == clap_ppo.Config().learning_rate / 10
+    wide = flags["wide"]
+    return [
+        f"{flags['short'].epochs * flags['short'].clips_per_epoch:,} clips",
+        f"whose guidance is {flags['ddpo'].guidance_scale:g}",
+        f"meant for {16384 // elements('toy')} times as many",
+        f"*Rank {flags['rank-1'].lora_rank}, and", f"LoRA of rank {flags['short'].lora_rank};",
+        f"ranks {flags['rank-4'].lora_rank} and {flags['rank-16'].lora_rank} did not",
+        f"weights of {flags['kl-0.01'].kl_weight:g} and {flags['kl-0.1'].kl_weight:g}",
+        f"groups of {flags['group-2'].clips_per_prompt} learned",
+        f"with {wide.prompts_per_epoch} prompts x {wide.clips_per_prompt} clips (seed 0)",
+        f"recognition {recognised(EXPERIMENTS.runs_of(ROWS, 'wide')[0]):.2f} against "
+        f"{recognised(runs[0]):.2f}",
+        "as the best of 2 of the base", "less often than the best of 4",
+        f"{calls:,} reward calls", f"the best of {calls // 160} is what",
+        f"{guided['guidance']:.2f} of the clips are recognised at scale 2, "
+        f"{guided['ddpo']:.2f} at scale 5",
+        f"best is epoch {kept['epoch']}",
+        f"keeps (recognition {kept['held_out']['recognition']:.2f})",
+        f"fewer clips are recognised ({last['held_out']['recognition']:.2f}) than of the base "
+        f"model ({recognised(EXPERIMENTS.runs_of(ROWS, 'long')[0], 'base'):.2f})",
+        f"at {len(EXPERIMENTS.alarms(ROWS))} of the {len(long)} questions"]
 
 
 def preset_lines() -> list[str]:
@@ -2751,7 +2809,7 @@ OWNED = {
     \left[-\frac{(x_{t-1}-\mu_t)_d^2}{2\sigma_t^2} - \log\sigma_t - \tfrac12\log 2\pi\right]""":
     "test_a_step_and_its_log_prob_agree_with_diffusers_and_torch",
     r"$\eta = 0$": "test_without_eta_there_is_no_noise_and_eta_scales_it",
-    r"$\rho = \pi_\theta(x_{t-1} \mid x_t) / \pi_\mathrm{old}(x_{t-1} \mid x_t)$":
+    r"$`\rho = \pi_\theta(x_{t-1} \mid x_t) / \pi_\mathrm{old}(x_{t-1} \mid x_t)`$":
     "test_every_epoch_of_a_run_begins_with_ratio_one",
     r"L = -\,\mathbb{E}\left[\min\left(\rho A,\ \mathrm{clip}(\rho, 1-\varepsilon, "
     r"1+\varepsilon)\,A\right)\right]":
@@ -3019,9 +3077,11 @@ def widths() -> tuple[float, float]:
 
 
 def elements(preset: str) -> int:
-    """D of a preset: 8 channels, a quarter (toy: an eighth) of the mel frames and bands."""
+    """D of a preset: the toy's as its run printed it; AudioLDM's has 8 channels and a quarter of
+    the 64 mel bands and of the 100 frames per second."""
     if preset == "toy":
-        return 1024
+        shape = re.search(r"latents \((\d+), (\d+), (\d+)\)", EXPERIMENTS.log_block())
+        return math.prod(map(int, shape.groups()))
     return 8 * math.ceil(clap_ppo.Config(**clap_ppo.PRESETS[preset]).seconds * 100 / 4) * 64 // 4
 
 
@@ -3047,7 +3107,7 @@ SCRIPT_OWNED = {
     "v = sqrt(abar) eps - sqrt(1 - abar) x_0":
     "test_a_step_and_its_log_prob_agree_with_diffusers_and_torch",
     "rounding at eta 1": "test_a_step_and_its_log_prob_agree_with_diffusers_and_torch",
-    "D = 1,024 to 16,384 elements":
+    "D = 1,024 for the toy's clips and 16,384 for AudioLDM's of 5.12 s":
     lambda: (elements("toy"), elements("audioldm")) == (1024, 16384),
     "where sigma is 0": "test_each_row_has_its_own_sigma_and_one_zero_among_them_is_refused",
     "scale 1 the unconditional pass": "test_guidance_of_one_skips_the_unconditional_pass",

@@ -139,6 +139,8 @@ DDPO = ("--epochs 6 --judge-every 0 --noise-window all --noise-until 1 --no-shar
 EXPERIMENTS: dict[str, tuple] = {
     "defaults": ("the defaults, whole run", 5, "", {}),
     "long": ("ten times as long", 1, "--epochs 550 --judge-every 25", {}),
+    "wide": ("16 prompts x 8 clips, whole run", 1,
+             "--prompts-per-epoch 16 --clips-per-prompt 8", {}),
     "short": ("**the defaults**", 3, SHORT, {}),
     "all-steps": ("noise in all 10 steps, 9 trained", 3, ALL, {}),
     "all-steps-5": ("... 5 random ones trained", 3, f"{ALL} --train-steps 5", {}),
@@ -240,9 +242,13 @@ def write_rows(name: str, seed: int, flags: str, run: Path) -> None:
     """The rows of a finished run: its evaluation, and what `ask_held_out` noted on the way."""
     cfg = json.loads((run / "config.json").read_text())
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    since = 0
     for row in metrics:
         if "held_out" in row:
+            rewards = [r["reward"] for r in metrics[since:row["epoch"]]]
+            since = row["epoch"]
             write_row({"name": name, "seed": seed, "epoch": row["epoch"],
+                       "rollout_reward": sum(rewards) / len(rewards),
                        "reward": row["monitor_reward"], "judge_score": row["judge_score"],
                        "held_out": row["held_out"]})
     write_row({"name": name, "seed": seed, "flags": flags,
@@ -362,29 +368,33 @@ def ablation_table(rows: list[dict], names: list[str]) -> str:
 
 
 def methods_table(rows: list[dict]) -> str:
-    """The base model, its best of n by the reward, and what PPO makes of it."""
-    def cells(row):
-        return [f"{row[m]['value']:.2f} [{row[m]['low']:.2f}, {row[m]['high']:.2f}]"
-                for m in ("recognition", "judge_score", "reward")]
-    lines = []
-    for r in (r for r in rows if r["name"] == "best-of-n"):
-        label = "base" if r["n"] == 1 else f"base, best of {r['n']}"
-        lines.append([label, str(r["n"]), *cells(r)])
-    for r in runs_of(rows, "defaults"):
-        lines.append([f"PPO, seed {r['seed']}", "1", *cells(r["tuned"])])
-    return table(["", "clips made per clip heard", "recognition", "judge score", "reward"], lines)
+    """One clip as it comes: of the base model, of its best of n by the reward, with guidance, and
+    after PPO; with what it costs. Guidance: the base models of experiments that train with it."""
+    steps = clap_ppo.Config().num_steps
+    found = [("base" if r["n"] == 1 else f"base, best of {r['n']}", steps * r["n"], r)
+             for r in rows if r["name"] == "best-of-n"]
+    for name in ("guidance", "ddpo"):
+        scale = re.search(r"--guidance-scale (\S+)", EXPERIMENTS[name][2])[1]
+        found += [(f"base, guidance {scale}", 2 * steps, r["base"])
+                  for r in runs_of(rows, name)[:1]]
+    found += [(f"PPO, seed {r['seed']}", steps, r["tuned"]) for r in runs_of(rows, "defaults")]
+    return table(["", "U-Net passes", "recognition", "judge score", "reward"], [
+        [label, str(cost), *(f"{r[m]['value']:.2f} [{r[m]['low']:.2f}, {r[m]['high']:.2f}]"
+                             for m in ("recognition", "judge_score", "reward"))]
+        for label, cost, r in found])
 
 
-def long_table(rows: list[dict], epochs=(25, 50, 100, 150, 200, 300, 400, 500, 550)) -> str:
+def long_table(rows: list[dict], epochs=(25, 50, 75, 100, 150, 200, 250, 300, 400, 550)) -> str:
     """The run that goes on ten times as long: what reward and judge say on the way."""
     lines = []
     for r in (r for r in rows if r["name"] == "long" and r.get("epoch") in epochs):
         h = r["held_out"]
-        lines.append([str(r["epoch"]), f"{r['reward']:.3f}", f"{r['judge_score']:.3f}",
-                      f"{h['reward']:.3f}", f"{h['judge_score']:.3f}", f"{h['recognition']:.2f}",
-                      f"{h['diversity']:.2f}", f"{h['loudness']:.1f} dB"])
-    return table(["epoch", "reward", "judge", "held out: reward", "judge", "recognition",
-                  "diversity", "loudness"], lines)
+        lines.append([str(r["epoch"]), f"{r['rollout_reward']:.2f}", f"{r['reward']:.2f}",
+                      f"{r['judge_score']:.2f}", f"{h['reward']:.2f}", f"{h['judge_score']:.2f}",
+                      f"{h['recognition']:.2f}", f"{h['diversity']:.2f}",
+                      f"{h['diversity_right']:.2f}", f"{h['loudness']:.1f} dB"])
+    return table(["epoch", "reward of the rollouts", "of plain DDIM", "judge", "held out: reward",
+                  "judge", "recognition", "diversity", "of recognised clips", "loudness"], lines)
 
 
 def alarms(rows: list[dict]) -> list[int]:
@@ -453,7 +463,7 @@ def log_block() -> str:
     return "\n".join(["```", *kept, "```"])
 
 
-ABLATIONS = [name for name, value in EXPERIMENTS.items() if value[1] == 3]
+ABLATIONS = [name for name, value in EXPERIMENTS.items() if "--judge-every 0" in value[2]]
 
 
 def blocks(rows: list[dict]) -> dict[str, str]:
@@ -514,15 +524,14 @@ def draw(rows: list[dict], path: Path) -> None:
     left.set(xlabel="gain in judge score on held-out prompts, one dot per seed")
     long = [r for r in rows if r["name"] == "long" and "epoch" in r]
     epochs = [r["epoch"] for r in long]
-    right.plot(epochs, [r["held_out"]["reward"] for r in long], label="reward")
-    right.plot(epochs, [r["held_out"]["judge_score"] for r in long], label="judge score")
-    right.plot(epochs, [r["held_out"]["recognition"] for r in long], label="recognition")
-    right.plot(epochs, [r["held_out"]["diversity"] for r in long], label="diversity")
+    right.plot(epochs, [r["rollout_reward"] for r in long], "k--", label="reward of the rollouts")
+    for metric in ("reward", "judge_score", "recognition", "diversity"):
+        right.plot(epochs, [r["held_out"][metric] for r in long], label=f"held out: {metric}")
     for epoch in alarms(rows):
         right.axvline(epoch, color="C3", linewidth=0.8, linestyle=":")
-    right.axvline(55, color="grey", linewidth=0.8)
-    right.set(xlabel="epoch of the long run (dotted: the alarm)", ylim=(0, 1))
-    right.legend(loc="lower right")
+    right.axvline(clap_ppo.Config().epochs, color="grey", linewidth=0.8)
+    right.set(xlabel="epoch of the long run (grey: where a run ends)", ylim=(0, 1))
+    right.legend(loc="lower right", bbox_to_anchor=(1, 0.3))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
