@@ -2,7 +2,7 @@
 
     pytest test_clap_ppo.py                 # nearly everything, under four minutes on two cores
     pytest test_clap_ppo.py -k clipping     # one chapter, by a word in its tests' names
-    pytest test_clap_ppo.py -m slow         # full-size CLAP, killed processes: two more minutes
+    pytest test_clap_ppo.py -m slow         # full-size CLAP, killed processes: three more minutes
     pytest test_clap_ppo.py -m soak         # 30 kills of the real process
 
 A claim about a sampler, a loss or a reward is worth what an independent reference says of it. So
@@ -2746,12 +2746,15 @@ def lessons(runs: list[dict]) -> list[str]:
              for name, value in EXPERIMENTS.EXPERIMENTS.items()}
     assert flags["full"].learning_rate == clap_ppo.Config().learning_rate / 10
     wide = flags["wide"]
+    hours = sum(row.get("seconds", 0) for row in ROWS if row["name"] not in ("defaults", "bench")
+                ) / 3600
     return [
         f"{flags['short'].epochs * flags['short'].clips_per_epoch:,} clips",
         f"whose guidance is {flags['ddpo'].guidance_scale:g}",
         f"meant for {16384 // elements('toy')} times as many",
-        f"*Rank {flags['rank-1'].lora_rank}, and", f"LoRA of rank {flags['short'].lora_rank};",
-        f"ranks {flags['rank-4'].lora_rank} and {flags['rank-16'].lora_rank} did not",
+        f"*Rank {flags['rank-1'].lora_rank}, and", f"LoRA of rank {flags['short'].lora_rank} in",
+        f"ranks {flags['rank-4'].lora_rank} and {flags['rank-16'].lora_rank} made no",
+        f"took {hours:.1f} hours of one core",
         f"weights of {flags['kl-0.01'].kl_weight:g} and {flags['kl-0.1'].kl_weight:g}",
         f"groups of {flags['group-2'].clips_per_prompt} learned",
         f"with {wide.prompts_per_epoch} prompts x {wide.clips_per_prompt} clips (seed 0)",
@@ -2800,7 +2803,7 @@ OWNED = {
     "brackets are 95 % intervals, by bootstrap": "test_the_bootstrap_interval_is_that_of_a_mean",
     "± is a 95 % t-interval over seeds": "test_the_intervals_over_seeds_are_students",
     "± is a 95 % t-interval over the seeds": "test_the_intervals_over_seeds_are_students",
-    "an interval that contains 0": "test_the_intervals_over_seeds_are_students",
+    "where an interval contains 0": "test_the_intervals_over_seeds_are_students",
     r"""\sigma_t = \eta \sqrt{\frac{1-\bar\alpha_{t-1}}{1-\bar\alpha_t}}
     \sqrt{1-\frac{\bar\alpha_t}{\bar\alpha_{t-1}}}, \qquad
     \mu_t = \sqrt{\bar\alpha_{t-1}}\,\hat x_0 + \sqrt{1-\bar\alpha_{t-1}-\sigma_t^2}\;"""

@@ -521,7 +521,7 @@ def draw(rows: list[dict], path: Path) -> None:
     labels = [EXPERIMENTS[n][0].replace("*", "") for n in reversed(names)]
     left.set_yticks(range(len(names)), labels)
     left.axvline(0, color="grey", linewidth=0.8)
-    left.set(xlabel="gain in judge score on held-out prompts, one dot per seed")
+    left.set(xlabel="gain in judge score on held-out prompts: one dot per seed, their mean")
     long = [r for r in rows if r["name"] == "long" and "epoch" in r]
     epochs = [r["epoch"] for r in long]
     right.plot(epochs, [r["rollout_reward"] for r in long], "k--", label="reward of the rollouts")
@@ -530,8 +530,8 @@ def draw(rows: list[dict], path: Path) -> None:
     for epoch in alarms(rows):
         right.axvline(epoch, color="C3", linewidth=0.8, linestyle=":")
     right.axvline(clap_ppo.Config().epochs, color="grey", linewidth=0.8)
-    right.set(xlabel="epoch of the long run (grey: where a run ends)", ylim=(0, 1))
-    right.legend(loc="lower right", bbox_to_anchor=(1, 0.3))
+    right.set(xlabel="epoch (grey: where a default run ends)", ylim=(0, 1.3))
+    right.legend(loc="upper right")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
