@@ -3014,19 +3014,21 @@ def test_the_step_of_the_readme_works_where_it_is_pasted(tmp_path):
 
 
 def test_an_own_reward_in_an_empty_folder(prompt_file, tmp_path):
-    """Copied from the README and run with a small budget: it trains on loudness and says so."""
+    """Copied from the README and run with a small budget. So that no other reward is taken for it,
+    100 is added to the loudness; training with it goes on as before."""
     code = python_block("loudness")
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     budget = [*TINY, "--epochs", "1", "--eval-prompts",
               str(prompt_file.with_name("eval_prompts.txt"))]
     small = code.replace('"--epochs", "5"', ", ".join(map(repr, budget)))
-    assert small != code
+    small = small.replace(".sqrt()", ".sqrt() + 100")
+    assert small.count("100") == 1 and str(budget[-1]) in small
     (tmp_path / "loud.py").write_text(small)
     done = subprocess.run([sys.executable, "loud.py"], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(HERE)})
     assert done.returncode == 0, done.stderr[-2000:]
     row = json.loads((tmp_path / "runs/toy-1/metrics.jsonl").read_text().splitlines()[0])
-    assert 0.001 < row["reward"] < 0.5 and "reward " in done.stdout        # an RMS, no cosine
+    assert 100 < row["reward"] < 101 and "reward 100" in done.stdout
 
 
 def test_sections_one_and_two_need_nothing_but_torch(tmp_path):
