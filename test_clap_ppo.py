@@ -2693,7 +2693,7 @@ def measured_claims() -> list[str]:
         f"at most {max(row['peak_gib'] for row in costs):.1f} GiB of memory",
         f"{held_out} held-out prompts, {cfg.eval_noises} clips of each",
         f"all {held_out} (chance is {100 / held_out:.1f} %)",
-        f"in {percent(preference)} % of pairs", f"within {loudness:.1f} dB",
+        f"in {100 * preference:.1f} % of pairs", f"within {loudness:.1f} dB",
         f"falls*, by {falls('diversity')}", f"it falls by {falls('diversity_right')}",
         f"draws {cfg.prompts_per_epoch} prompts", f"a window of {cfg.window} consecutive",
         f"makes {cfg.clips_per_prompt} clips of each prompt", f"Every {cfg.judge_every} epochs",
