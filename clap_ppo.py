@@ -31,7 +31,7 @@ Where this differs from DDPO (Black et al. 2023), and why:
        differences within a group then come from those actions, and only those are trained. The
        windows lie early (`--noise-until`), where it is decided which sounds there will be.
        `--noise-window all --noise-until 1 --no-shared-noise` is the textbook policy, same code; the
-       README compares them, and most of what follows here, in runs of three seeds.
+       README compares them, and what the next two items choose, in runs of three seeds.
     3. Advantages use the statistics of this epoch's K clips of the prompt, no running buffer.
     4. The last step is sampled but not trained: its sigma is so small that its log-prob is noise.
     5. The ratio before an epoch's first update is asserted to be 1.
