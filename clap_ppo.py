@@ -214,8 +214,8 @@ def ppo_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_ra
     loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
     with torch.no_grad():
         info = {"ratio": ratio.detach(),
-                "approx_kl": (torch.expm1(log_ratio) - log_ratio).mean().item(),
-                "clip_fraction": ((ratio - 1).abs() > clip_range).float().mean().item()}
+                "approx_kl": (torch.expm1(log_ratio) - log_ratio).mean(),
+                "clip_fraction": ((ratio - 1).abs() > clip_range).float().mean()}
     return loss, info
 
 def gaussian_kl(mean: Tensor, mean_base: Tensor, sigma: Tensor) -> Tensor:
@@ -927,7 +927,7 @@ def update(policy: Policy, optimizer, rows: dict, cfg: Config, done: int,
     Returns: means over the rows to log, and "updates", the optimiser steps made until now.
     """
     clip_range = cfg.clip_range * 16384 / math.prod(policy.latent_shape)
-    weights, count = optimizer.param_groups[0]["params"], len(rows["clip"])
+    weights, count, seen = optimizer.param_groups[0]["params"], len(rows["clip"]), []
     log = dict.fromkeys(["loss", "approx_kl", "clip_fraction", "kl_base", "grad_norm"], 0.0)
     for _ in range(cfg.passes):
         order = torch.randperm(count, generator=generator).to(policy.device)
@@ -941,11 +941,10 @@ def update(policy: Policy, optimizer, rows: dict, cfg: Config, done: int,
                     with torch.no_grad(), adapter_disabled(policy.unet):
                         _, mean_base, _ = replay(policy, rows, at, cfg)
                     kl_base = gaussian_kl(mean, mean_base, sigma).mean()
-                    loss, info["kl_base"] = loss + cfg.kl_weight * kl_base, kl_base.item()
+                    loss, info["kl_base"] = loss + cfg.kl_weight * kl_base, kl_base.detach()
                 (loss * len(at) / len(minibatch)).backward()      # accumulates the minibatch's mean
                 ratios.append(info.pop("ratio"))
-                for key, value in {"loss": loss.item(), **info}.items():
-                    log[key] += value * len(at) / count / cfg.passes
+                seen.append((len(at), {"loss": loss.detach(), **info}))
             if "ratio_error" not in log:
                 ratio = torch.cat(ratios)
                 log["ratio_error"] = check_on_policy(policy, rows, minibatch, ratio, cfg)
@@ -959,6 +958,9 @@ def update(policy: Policy, optimizer, rows: dict, cfg: Config, done: int,
             optimizer.param_groups[0]["lr"] = cfg.learning_rate * warmup
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+    for size, info in seen:            # only now: .item() in the loop would wait for the GPU
+        for key, value in info.items():
+            log[key] += value.item() * size / count / cfg.passes
     return {**log, "updates": done}
 
 

@@ -1,6 +1,6 @@
 """Chapter two: what `clap_ppo.py` claims, tried out. Read it after the script, from top to bottom.
 
-    pytest test_clap_ppo.py                 # nearly everything, under four minutes on two cores
+    pytest test_clap_ppo.py                 # nearly everything, about four minutes, two cores
     pytest test_clap_ppo.py -k clipping     # one chapter, by a word in its tests' names
     pytest test_clap_ppo.py -m slow         # full-size CLAP, killed processes: three more minutes
     pytest test_clap_ppo.py -m soak         # 30 kills of the real process

@@ -11,7 +11,6 @@ is left to it. One thread per process (OMP_NUM_THREADS=1) is best when several r
 """
 
 import json
-import math
 import re
 import sys
 from contextlib import ExitStack, contextmanager
@@ -291,16 +290,13 @@ def best_of_n(most: int = 44) -> None:
 
 # ==== 4. The README's tables and figure ==========================================================
 
-T_VALUE = {2: 12.706, 3: 4.303, 5: 2.776}      # Student's t, 97.5 %, for that many seeds
-
-
 def spread(values: list[float], digits: int = 2, sign: str = "+") -> str:
     """Mean and 95 % t-interval over seeds as "mean ± half"; the mean alone of one seed."""
+    from scipy import stats
     mean = sum(values) / len(values)
-    if len(values) not in T_VALUE:
+    if len(values) == 1:
         return f"{mean:{sign}.{digits}f}"
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    half = T_VALUE[len(values)] * deviation / math.sqrt(len(values))
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
     return f"{mean:{sign}.{digits}f} ± {half:.{digits}f}"
 
 
@@ -320,25 +316,19 @@ def seeds_table(rows: list[dict]) -> str:
     runs = runs_of(rows, "defaults")
     columns = ["recognition", "judge_score", "reward", "diversity", "diversity_right"]
 
-    def line(name, value):
-        pairs = [f"{value(r, 'base', c):.2f} → {value(r, 'tuned', c):.2f}"
-                 for r in [name] for c in columns]
-        return pairs + [f"{value(name, 'tuned_minus_base', 'loudness'):+.1f} dB",
-                        f"{value(name, 'best_of_n', 'recognition'):.2f}"]
-
-    def one(run, side, metric):
-        return run[side][metric]["value"]
-
-    def mean(_, side, metric):
-        return sum(one(r, side, metric) for r in runs) / len(runs)
+    def means(chosen):
+        def mean(side, metric):
+            return sum(r[side][metric]["value"] for r in chosen) / len(chosen)
+        pairs = [f"{mean('base', c):.2f} → {mean('tuned', c):.2f}" for c in columns]
+        return [*pairs, f"{mean('tuned_minus_base', 'loudness'):+.1f} dB",
+                f"{mean('best_of_n', 'recognition'):.2f}"]
 
     def interval(cell, sign=""):
         return f"{cell['value']:{sign}.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"
 
-    lines = [[str(r["seed"]), *line(r, one), interval(r["tuned_minus_base"]["recognition"], "+"),
+    lines = [[str(r["seed"]), *means([r]), interval(r["tuned_minus_base"]["recognition"], "+"),
               interval(r["preference"])] for r in runs]
-    gains = [one(r, "tuned_minus_base", "recognition") for r in runs]
-    lines.append(["mean", *line(None, mean), spread(gains),
+    lines.append(["mean", *means(runs), spread([gain(r, "recognition") for r in runs]),
                   spread([r["preference"]["value"] for r in runs], sign="")])
     return table(["seed", *(c.replace("_", " ") for c in columns[:4]), "of recognised clips",
                   "loudness", "base, best of 4", "gain in recognition", "preference"], lines)
@@ -534,7 +524,6 @@ def draw(rows: list[dict], path: Path) -> None:
     right.legend(loc="upper right")
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
 
 
 # ==== 5. Command line ===========================================================================
