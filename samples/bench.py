@@ -1,8 +1,8 @@
 """What an epoch costs, and how much of it is not the networks' own time.
 
     python samples/bench.py                                        # the toy, as a run uses it
-    python samples/bench.py --preset audioldm --device cuda        # the real architecture
-    python samples/bench.py --preset audioldm2 --device cuda --micro-batches 4 8 16
+    python samples/bench.py --preset audioldm                      # the real architecture
+    python samples/bench.py --preset audioldm2 --micro-batches 4 8 16
 
 Real architectures are built at full size from their configurations with random weights: speed and
 memory do not depend on what the weights are, so nothing is downloaded. Prompts are random vectors.
@@ -14,9 +14,11 @@ and peak memory. All in one process; compare ratios rather than seconds between 
 import argparse
 import functools
 import json
+import math
 import resource
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,22 +74,26 @@ def build_pipeline(preset: str, prompts: int, device) -> tuple[SimpleNamespace, 
     return pipeline, condition
 
 
-def build_world(cfg: clap_ppo.Config) -> SimpleNamespace:
-    """What `clap_ppo.load_world` makes, for the toy; else with random weights."""
+def build_world(cfg: clap_ppo.Config) -> clap_ppo.World:
+    """What `clap_ppo.load_world` makes, with `clap` beside; but for the toy, of random weights."""
     if cfg.preset == "toy":
-        return clap_ppo.load_world(cfg)
-    device = torch.device(cfg.device)
+        world = clap_ppo.load_world(cfg)
+        world.clap = world.reward.args[0]
+        return world
+    device = torch.device("cuda" if cfg.device == "auto" and torch.cuda.is_available() else "cpu")
     prompts = [f"prompt {i}" for i in range(64)]
     pipeline, condition = build_pipeline(cfg.preset, len(prompts), device)
-    sizes = clap_ppo.package_folder() / "clap_module/model_configs/HTSAT-tiny.json"
-    clap = clap_ppo.build_clap(json.loads(sizes.read_text())).to(device)
-    clap.text_cache = {prompt: torch.nn.functional.normalize(torch.randn(512), dim=0).to(device)
-                       for prompt in prompts}
-    policy = clap_ppo.make_policy(pipeline, condition, condition, cfg)
-    return SimpleNamespace(
-        cfg=cfg, prompts=prompts, train_ids=list(range(len(prompts))), pipeline=pipeline,
-        policy=policy, reward=lambda *args: clap_ppo.clap_reward(clap, *args), clap=clap,
-        sample_rate=16000, optimizer=clap_ppo.make_optimizer(policy, cfg))
+    clap = clap_ppo.build_clap("HTSAT-tiny").to(device)
+    clap.tokenizer = lambda prompts, **_: {"input_ids": torch.randint(3, 50000, (1, 77)),
+                                           "attention_mask": torch.ones(1, 77, dtype=torch.int64)}
+    unet = clap_ppo.add_lora(pipeline.unet, cfg.lora_rank)
+    optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad])
+    return clap_ppo.World(
+        cfg=cfg, train=prompts, held_out=[], pipeline=pipeline, clap=clap, unet=unet,
+        reward=functools.partial(clap_ppo.clap_reward, clap), optimizer=optimizer,
+        condition=condition, uncondition=condition, prediction_type="epsilon",
+        schedule=clap_ppo.ddim_schedule(pipeline.scheduler, cfg.num_steps, device),
+        latent_shape=(8, math.ceil(cfg.seconds * 25), 16), device=device)
 
 
 def now(device) -> float:
@@ -131,7 +137,7 @@ class Calls:
 
 def epoch(world, generator: torch.Generator) -> dict[str, float]:
     """Seconds of each phase of one epoch."""
-    cfg, policy, device = world.cfg, world.policy, world.policy.device
+    cfg, device = world.cfg, world.device
     times, began = {}, now(device)
 
     def lap(name):
@@ -139,17 +145,16 @@ def epoch(world, generator: torch.Generator) -> dict[str, float]:
         times[name], began = now(device) - began, now(device)
 
     prompt_ids, starts = clap_ppo.choose_prompts(world, generator)
-    latents, rows = clap_ppo.rollout(policy, prompt_ids, starts, cfg, generator)
+    latents, rows = clap_ppo.rollout(world, prompt_ids, starts, generator)
     lap("rollout")
     waveforms = clap_ppo.decode(world.pipeline, latents, cfg.seconds)
     lap("decode")
-    asked = [world.prompts[i] for i in prompt_ids.tolist() for _ in range(cfg.clips_per_prompt)]
-    rewards = world.reward(waveforms, world.sample_rate, asked)
+    asked = [world.train[i] for i in prompt_ids.tolist() for _ in range(cfg.clips_per_prompt)]
+    world.reward(waveforms, 16000, asked)
     lap("reward")
-    rewards = torch.randn(len(rewards), generator=generator)     # random CLAP: all alike
-    advantages = clap_ppo.group_advantages(rewards.view(len(prompt_ids), -1))
-    rows = clap_ppo.training_rows(rows, advantages, cfg.train_steps, generator)
-    clap_ppo.update(policy, world.optimizer, rows, cfg, 0, generator)
+    rewards = torch.randn(len(prompt_ids), cfg.clips_per_prompt, generator=generator)
+    advantages = clap_ppo.group_advantages(rewards).flatten().to(device)  # random CLAP: all alike
+    clap_ppo.update(world, {**rows, "advantage": advantages[rows["clip"]]}, generator)
     lap("update")
     return times
 
@@ -157,47 +162,43 @@ def epoch(world, generator: torch.Generator) -> dict[str, float]:
 def main() -> None:
     """Prints one line per micro-batch."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--preset", choices=list(clap_ppo.PRESETS), default="toy")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--preset", choices=["toy", *clap_ppo.PRESETS], default="toy")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=None)
     parser.add_argument("--save", default="", help="a file to which each line is added as JSON")
     parser.add_argument("flags", nargs="*", help="flags of clap_ppo.py after --, such as "
                         "-- --dtype float16 --clips-per-prompt 8")
     args = parser.parse_args()
     prompts = str(Path(clap_ppo.__file__).parent / "samples/prompts.txt")
-    cfg, _ = clap_ppo.parse_args(["--prompts", prompts, "--preset", args.preset, "--device",
-                                  args.device, *args.flags])
+    cfg, _ = clap_ppo.parse_args(["--prompts", prompts, "--preset", args.preset, *args.flags])
     world = build_world(cfg)
-    device = world.policy.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
-        f"CPU, {torch.get_num_threads()} threads")
-    trained = sum(p.numel() for p in world.optimizer.param_groups[0]["params"])
-    size = sum(p.numel() for p in world.policy.unet.parameters()) - trained
+    cuda, dtype = world.device.type == "cuda", getattr(torch, cfg.dtype)
+    name = (torch.cuda.get_device_name(world.device) if cuda else
+            f"CPU, {torch.get_num_threads()} threads")
+    size = sum(p.numel() for p in world.unet.parameters() if not p.requires_grad)
+    clips = cfg.prompts_per_epoch * cfg.clips_per_prompt
     print(f"{args.preset} on {name}: U-Net {size / 1e6:.0f} M, {cfg.dtype}, T = {cfg.num_steps}, "
-          f"window {cfg.noise_window}, {cfg.clips_per_epoch} clips per epoch", flush=True)
-    for micro_batch in args.micro_batches or [world.policy.micro_batch]:
-        world.policy.micro_batch = micro_batch
+          f"window {cfg.noise_window}, {clips} clips per epoch", flush=True)
+    for micro_batch in args.micro_batches or [cfg.micro_batch]:
+        world.cfg = replace(cfg, micro_batch=micro_batch)
         epoch(world, torch.Generator().manual_seed(0))                       # warm-up
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
-        clap = world.clap if hasattr(world, "clap") else world.reward.__closure__[0].cell_contents
-        counted = [Calls(m) for m in (world.policy.unet, world.pipeline.vae.decoder,
-                                      world.pipeline.vocoder, clap.audio_branch)]
+        counted = [Calls(m) for m in (world.unet.base_model.model, world.pipeline.vae.decoder,
+                                      world.pipeline.vocoder, world.clap.audio_branch)]
         times = epoch(world, torch.Generator().manual_seed(1))
-        peak = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
+        peak = (torch.cuda.max_memory_allocated() if cuda else
                 resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 30
-        alone = sum(calls.alone(device, world.policy.dtype if calls is counted[0] else
-                                torch.float32) for calls in counted)
+        alone = sum(calls.alone(world.device, dtype if calls is counted[0] else torch.float32)
+                    for calls in counted)
         total = sum(times.values())
         phases = "  ".join(f"{phase} {seconds:.2f} s" for phase, seconds in times.items())
         print(f"micro-batch {micro_batch:>3}: epoch {total:.2f} s  ({phases})  overhead "
-              f"{total / alone:.3f}  {cfg.clips_per_epoch / total:.1f} clips/s  "
-              f"peak {peak:.1f} GiB", flush=True)
+              f"{total / alone:.3f}  {clips / total:.1f} clips/s  peak {peak:.1f} GiB", flush=True)
         if args.save:
             row = {"name": "bench", "seed": 0, "preset": args.preset, "device": name,
-                   "micro_batch": micro_batch, "clips": cfg.clips_per_epoch,
-                   "seconds": round(total, 2), "overhead": round(total / alone, 3),
-                   "peak_gib": round(peak, 2), "flags": " ".join(args.flags)}
+                   "micro_batch": micro_batch, "clips": clips, "seconds": round(total, 2),
+                   "overhead": round(total / alone, 3), "peak_gib": round(peak, 2),
+                   "flags": " ".join(args.flags)}
             with open(args.save, "a") as file:
                 file.write(json.dumps(row) + "\n")
 
