@@ -210,7 +210,7 @@ ETA = 1.0                  # noise of a noisy step in units of DDPM's; with less
 WARMUP_UPDATES = 10        # Adam's first steps have size lr in every weight, so lr rises from 0
 MAX_GRAD_NORM = 1.0        # an emergency brake: healthy norms are a hundred times smaller
 EMA_DECAY = 0.9            # per epoch: what is kept averages the last ten or so
-EVAL_EVERY = 10            # epochs between looks at the held-out prompts, and between snapshots
+EVAL_EVERY = 15            # epochs between looks at the held-out prompts, and between snapshots
 EVAL_NOISES = 4            # clips of each held-out prompt: of a single one, too much is luck
 
 class UserError(ValueError):

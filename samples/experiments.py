@@ -102,8 +102,6 @@ EXPERIMENTS: dict[str, tuple] = {
     "no-clipping": ("no clipping", 3, f"{SHORT} --clip-range 1", {}),
     "group-2": ("64 prompts x 2 clips", 3,
                 f"{SHORT} --prompts-per-epoch 64 --clips-per-prompt 2", {}),
-    "group-8": ("16 prompts x 8 clips", 3,
-                f"{SHORT} --prompts-per-epoch 16 --clips-per-prompt 8", {}),
     "guidance": ("guidance 2 in rollout, training and evaluation", 3,
                  f"{SHORT} --guidance-scale 2", {}),
     "kl-0.1": ("KL weight 0.1", 3, f"{SHORT} --kl-weight 0.1", {}),
@@ -193,7 +191,7 @@ def gain(run: dict, metric: str) -> float:
 
 def seeds_table(rows: list[dict]) -> str:
     """The whole runs with the default settings, seed by seed, and their means."""
-    runs, columns = runs_of(rows, "defaults"), ("recognition", "judge_score", "reward", "diversity")
+    runs, columns = runs_of(rows, "defaults"), ("recognition", "reward", "diversity")
 
     def cells(chosen):
         def mean(side, metric):
@@ -208,7 +206,7 @@ def seeds_table(rows: list[dict]) -> str:
     return table(["seed", *(c.replace("_", " ") for c in columns), "mended : broken", "gain",
                   "preference"], lines)
 
-def free_table(rows: list[dict], best=(2, 4, 44), base=(2, 5, 7), tuned=(1.5, 3, 5)) -> str:
+def free_table(rows: list[dict], best=(4, 44), base=(2, 7), tuned=(1.5, 5)) -> str:
     """One clip as it comes: of the base model, with guidance, of its best of n, after PPO; cost."""
     steps, first = clap_ppo.Config().num_steps, runs_of(rows, "defaults")[0]
     found = [("base", steps, first["base"]), ("**tuned**", steps, first["tuned"])]
@@ -238,7 +236,7 @@ def long_table(rows: list[dict], epochs=(50, 100, 150, 200, 300, 400, 550)) -> s
     found = [r for r in rows if r["name"] == "long" and r.get("epoch") in epochs]
     return table(["epoch", *(str(r["epoch"]) for r in found)], [
         [name.replace("_", " "), *(f"{r[name]:.2f}" for r in found)]
-        for name in ("reward", "judge_score", "recognition")])
+        for name in ("reward", "recognition")])
 
 def bench_table(rows: list[dict]) -> str:
     """The rows that `samples/bench.py --save samples/results.jsonl` has added."""
