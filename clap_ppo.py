@@ -317,7 +317,7 @@ def split_prompts(cfg: Config) -> tuple[list[str], list[str]]:
     # Without a file of its own, every fourth prompt is held out; of very few, none.
     held_out = read_prompts(file) if file else train[3::4][:50] if len(train) >= 8 else []
     if file and (both := sorted(set(held_out) & set(train))):    # the result would praise memory
-        raise UserError(f"{both[0]!r} is a training prompt and, in {file}, a held-out one")
+        raise UserError(f"{both[0]!r} is a training prompt, and held out in {file}: remove one")
     return [prompt for prompt in train if prompt not in held_out], held_out
 
 def check_prompts(pipeline, prompts: list[str]) -> None:

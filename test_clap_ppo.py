@@ -875,7 +875,7 @@ GOOD = ["--prompts", "good.txt", *TINY]
     (["--prompts", "gone.txt"], "gone.txt: .*No such file.*samples/prompts.txt"),
     (["--prompts", "empty.txt"], "empty.txt: no prompt in it"),
     (["--prompts", "latin.txt"], "latin.txt: 'utf-8' codec.*samples/prompts.txt"),
-    ([*GOOD, "--eval-prompts", "same.txt"], "'snoring' is a training prompt.*same.txt"),
+    ([*GOOD, "--eval-prompts", "same.txt"], "'snoring' is a training prompt.*same.txt: remove one"),
     ([*GOOD, "--micro-batch", "0"], "--micro-batch 0: use 1 to 10000"),
     ([*GOOD, "--clips-per-prompt", "1"], "--clips-per-prompt 1: use 2 to 1000"),
     ([*GOOD, "--num-steps", "1000"], "--num-steps 1000: use 2 to 999"),
@@ -1001,7 +1001,8 @@ def test_the_documented_commands_and_python_blocks_work(prompt_file, tmp_path):
     for arguments in (shlex.split(line, comments=True)[2:] for line in lines):
         assert "--resume" in arguments or clap_ppo.parse_args(arguments)
     step, loud = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    budget = [*TINY, "--epochs", "1", "--eval-prompts", str(prompt_file)]
+    budget = [*TINY, "--epochs", "1", "--eval-prompts",
+              str(prompt_file.with_name("eval_prompts.txt"))]
     loud = loud.replace('"--epochs", "5"', ", ".join(map(repr, budget)))
     loud = loud.replace("sqrt()", "sqrt() + 100")
     for code, shown in ((step, r"tensor\(\[-?\d.*\]\)"), (loud, "reward 100")):
