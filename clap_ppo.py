@@ -163,8 +163,8 @@ def group_advantages(rewards: Tensor, clip: float = 5.0) -> Tensor:
     assert rewards.dim() == 2 and rewards.shape[1] >= 2, f"not (P, K >= 2): {tuple(rewards.shape)}"
     rewards = rewards.float()                    # a reward may count stars
     assert rewards.isfinite().all(), "a reward is not finite"        # it would spread to its group
-    # Per prompt, because prompts differ in difficulty by more than clips do: against one mean for
-    # all, every clip of an easy prompt would be reinforced, the bad ones too.
+    # Among the clips of one prompt, since prompts differ in difficulty by more than their clips do:
+    # with one mean for all, whatever an easy prompt gave would be reinforced, bad clips included.
     centred = rewards - rewards.mean(dim=1, keepdim=True)            # (P, K) - (P, 1)
     std = centred.square().mean(dim=1, keepdim=True).sqrt()          # of these K clips, not K - 1
     # A group whose clips are all alike says nothing; without the threshold its rounding errors
@@ -302,7 +302,7 @@ def read_prompts(path: str) -> list[str]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")        # -sig: Windows' mark may lead it
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts {path}: {error}; such a file is samples/prompts.txt") from None
+        raise UserError(f"prompts {path}: {error}; to begin, take samples/prompts.txt") from None
     lines = (" ".join(line.split()) for line in text.splitlines())           # "a  dog " is "a dog"
     prompts = list(dict.fromkeys(x for x in lines if x and not x.startswith("#")))
     if not prompts:
@@ -489,7 +489,7 @@ def rollout(world: World, prompt_ids: Tensor, starts: Tensor,
                           "log_prob": gaussian_log_prob(latents[at], mean, sigma),
                           "step": torch.full_like(at, step), "clip": at, "prompt_id": ids[at]})
     rows = {key: torch.cat([part[key] for part in table]) for key in table[0]}
-    # Filled step by step, the table is returned clip by clip, a clip's steps in random order.
+    # Filled step by step, the table is handed on clip by clip, each clip's steps shuffled.
     order = (rows["clip"].cpu() + torch.rand(len(rows["clip"]), generator=generator)).argsort()
     return latents, {key: value[order.to(world.device)] for key, value in rows.items()}
 
@@ -523,14 +523,14 @@ def build_clap(sizes: dict | str) -> torch.nn.Module:
     from transformers import RobertaConfig, RobertaModel
     # `import laion_clap` fetches three tokenizers, and its constructor 500 MB of RoBERTa that the
     # checkpoint then replaces. So its model classes are imported from the package's folder, under
-    # the name that the package itself gives them,
+    # the name that the package itself gives them.
     folder = find_spec("laion_clap").submodule_search_locations[0]
     sys.path += [folder] * (folder not in sys.path)
     warnings.filterwarnings("ignore", message="torch.meshgrid")
     from clap_module import htsat, model as clap_model
     if isinstance(sizes, str):
         sizes = json.loads(Path(folder, f"clap_module/model_configs/{sizes}.json").read_text())
-    # and while the model is made, "download RoBERTa" means "make one from its configuration".
+    # While the model is made, "download RoBERTa" means "make one from its configuration".
     roberta = RobertaConfig(**sizes.get("roberta", dict(
         vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)))
     make_htsat = clap_model.create_htsat_model if "htsat" not in sizes else (
@@ -816,7 +816,7 @@ soundfile.write("tuned.wav", audio, {rate})
     sides = {"original": play(world, base), "fine-tuned": play(world, adapter)}
     # The first clip of each prompt can be heard, the rewards below are means over all of them.
     page = ("<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-            f"<title>{run.name}</title><style>audio {{width: 8em}}</style><table>")
+            f"<title>{run.name}</title><style>audio {{max-width: 30vw}}</style><table>")
     for i, prompt in enumerate(prompts):
         page += f"\n<tr><td>{html.escape(prompt)}"               # a prompt is text, never a tag
         for side, (waveforms, rewards) in sides.items():

@@ -312,10 +312,9 @@ def evaluate(run: Path, judge: str = "", noises: int = 4, guidance=(), best=(),
     result["best_of"] = [{"label": str(n), "n": n, **figures(best_of(
         Clips(*(x[:, :noises * n] for x in many)), n))} for n in best]
     kept = {int(f.stem[6:]): load_file(f) for f in (run / "adapter").glob("epoch-*.safetensors")}
-    result["snapshots"] = [{"label": str(epoch), "epoch": epoch,
-                            **figures(make_clips(world, ear, adapter, noises))}
-                           for epoch, adapter in sorted({**kept, cfg.epochs: tuned}.items())
-                           if snapshots]
+    result["snapshots"] = [
+        {"label": str(e), "epoch": e, **figures(make_clips(world, ear, adapter, noises))}
+        for e, adapter in sorted({**kept, cfg.epochs: tuned}.items()) if snapshots]
     (run / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     print_evaluation(result)
     save_curve(run / "curve.png", state["metrics"], result)
