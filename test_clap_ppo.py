@@ -948,6 +948,7 @@ def test_a_run_leaves_what_was_promised(finished_run):
     for i, side in itertools.product(range(3), ("original", "fine-tuned")):
         wave, rate = soundfile.read(run / f"clips/{i:03}-{side}.wav")
         assert rate == 16000 and wave.shape == (40960,) and np.abs(wave).max() > 0
+    assert b".default." not in (run / "adapter/adapter_model.safetensors").read_bytes()  # as peft has
     assert (run / "adapter/adapter_config.json").exists() and not list(run.rglob("tmp-*"))
     assert len(re.findall(r"^epoch \d/3  reward ", finished_run.out, flags=re.M)) == 3
     assert re.search(r"held-out prompts: reward \S+ -> \S+, better for \d of 3", finished_run.out)
