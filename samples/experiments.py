@@ -272,7 +272,7 @@ def draw_method(prompt="a man whistling then lion roaring", seed: int = 2, start
     import matplotlib.pyplot as plt
     world = clap_ppo.load_world(clap_ppo.parse_args(["--prompts", PROMPTS])[0])
     cfg, generator = world.cfg, torch.Generator().manual_seed(seed)
-    ids = torch.full((cfg.clips_per_prompt,), world.train.index(prompt))
+    ids = torch.full((cfg.clips_per_prompt,), (world.train + world.held_out).index(prompt))
     end = start + cfg.noise_window
     paths = [clap_ppo.randn(world, 1, generator).expand(len(ids), -1, -1, -1)]
     for step in range(cfg.num_steps):
