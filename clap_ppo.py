@@ -815,7 +815,7 @@ soundfile.write("tuned.wav", audio, {rate})
     base = {name: torch.zeros_like(weight) for name, weight in adapter.items()}
     sides = {"original": play(world, base), "fine-tuned": play(world, adapter)}
     # The first clip of each prompt can be heard, the rewards below are means over all of them.
-    page = ("<!doctype html><html lang=en><meta charset=utf-8><style>audio {max-width: 30vw}</style>"
+    page = ("<!doctype html><html lang=en><meta charset=utf-8><style>audio {width: 28vw}</style>"
             f"<meta name=viewport content='width=device-width'><title>{run.name}</title><table>")
     for i, prompt in enumerate(prompts):
         page += f"\n<tr><td>{html.escape(prompt)}"               # a prompt is text, never a tag
