@@ -10,7 +10,7 @@ stochastic policy, the step is its action, and the probability of every action i
 That is all that policy gradients need. The reward arrives once, at the end: the cosine similarity
 of clip and prompt under CLAP. One epoch:
 
-    STEP 1  choose P prompts, and for each a short window of steps in which noise is added
+    STEP 1  choose P prompts, and for each the step (or a few of them) in which noise is added
     STEP 2  roll out K clips per prompt; keep x_t, x_{t-1} and log pi(x_{t-1} | x_t) of noisy steps
     STEP 3  decode the clips to sound and score them with CLAP
     STEP 4  advantage: how much better a clip is than the other clips of the same prompt
@@ -25,15 +25,18 @@ of the table, D = C * H * W latent elements.
 
 Where this differs from DDPO (Black et al. 2023), and why:
     1. The K clips of a prompt start from one noise x_T. The policy does not choose x_T, so its luck
-       need not enter the advantage, and the path to the noisy steps is computed once per prompt.
-    2. Noise is added in a short window of steps only (2 of 10), plain DDIM elsewhere. Reward
-       differences within a group then come from those actions, and only those are trained. The
-       windows lie early, where it is decided which sounds there will be. The textbook policy is
-       the same code with `--noise-window 10 --no-shared-noise`.
+       need not enter the advantage.
+    2. Noise is added in one early step, where it is decided which sounds there will be; the others
+       are plain DDIM. Reward differences within a group then come from this one action, and only
+       it is trained. Its x_t is the same for all K clips, so the U-Net answers once for all of
+       them. The textbook policy is the same code with `--noise-window 10 --no-shared-noise`.
     3. Advantages use the statistics of this epoch's K clips of the prompt, no running buffer.
-    4. The last step is sampled but not trained: its sigma is so small that its log-prob is noise.
-    5. The ratio before an epoch's first update is asserted to be 1.
-    6. Played and kept is an average of the last epochs' weights (EMA): the last ones wobble.
+    4. The policy is trained without classifier-free guidance, at half the cost; its KL term pulls
+       it to the base model *with* guidance: PPO for what the reward knows, a pull to what guidance
+       knows already.
+    5. The last step is sampled but not trained: its sigma is so small that its log-prob is noise.
+    6. The ratio before an epoch's first update is asserted to be 1.
+    7. Played and kept is an average of the last epochs' weights (EMA): the last ones wobble.
 
 References: DDIM, Song et al. 2021 (arXiv 2010.02502). DDPO, Black et al. 2023 (2305.13301). PPO,
 Schulman et al. 2017 (1707.06347). CLAP, Wu et al. 2023 (2211.06687). LoRA, Hu et al. 2021
@@ -69,8 +72,7 @@ def ddim_schedule(scheduler, num_steps: int, device="cpu") -> tuple[Tensor, Tens
     timesteps (int64) are what the network is told; alpha_bar_t and alpha_bar_prev (float32) are the
     shares of signal power in x_t and in x_{t-1}. scheduler: a `diffusers.DDIMScheduler`.
     """
-    # All is read from the scheduler, so its spacing, steps_offset and set_alpha_to_one count.
-    scheduler.set_timesteps(num_steps)
+    scheduler.set_timesteps(num_steps)         # its spacing, steps_offset, set_alpha_to_one count
     timesteps = scheduler.timesteps.cpu().long()
     # As in diffusers, the step from t arrives at t - 1000 // T, for 1000 training steps. That is
     # not always the next element of `timesteps`: 7 steps do not divide 1000.
@@ -148,10 +150,9 @@ def guided_prediction(unet, latents: Tensor, timesteps: Tensor, condition: dict,
     uncond, cond = output.float().chunk(2)
     return uncond + guidance_scale * (cond - uncond)        # from uncond towards cond, and past it
 
-
 # ==== 2. Advantage and loss (torch only: copy it) ================================================
 
-def group_advantages(rewards: Tensor, clip: float = 5.0) -> Tensor:
+def group_advantages(rewards: Tensor, clip: float = 5.0, floor: float = 0.1) -> Tensor:
     """How much better each clip is than the other clips of its prompt, in standard deviations.
 
     >>> group_advantages(torch.tensor([[1, 2, 3], [7, 7, 7]]))
@@ -159,6 +160,7 @@ def group_advantages(rewards: Tensor, clip: float = 5.0) -> Tensor:
             [ 0.0000,  0.0000,  0.0000]])
 
     (P, K) rewards of K >= 2 clips for each of P prompts -> (P, K) float32, clipped to +-clip.
+    A deviation below `floor` counts as `floor`, in units of the reward.
     """
     assert rewards.dim() == 2 and rewards.shape[1] >= 2, f"not (P, K >= 2): {tuple(rewards.shape)}"
     rewards = rewards.float()                    # a reward may count stars
@@ -167,10 +169,9 @@ def group_advantages(rewards: Tensor, clip: float = 5.0) -> Tensor:
     # with one mean for all, whatever an easy prompt gave would be reinforced, bad clips included.
     centred = rewards - rewards.mean(dim=1, keepdim=True)            # (P, K) - (P, 1)
     std = centred.square().mean(dim=1, keepdim=True).sqrt()          # of these K clips, not K - 1
-    # A group whose clips are all alike says nothing; without the threshold its rounding errors
-    # would be blown up to advantages of full size.
-    advantages = torch.where(std > 1e-6, centred / std.clamp(min=1e-6), torch.zeros_like(centred))
-    return advantages.clamp(-clip, clip)         # one lucky clip must not own the update
+    # Clips that are all nearly alike say little, but divided by a tiny deviation their differences,
+    # CLAP's noise, would count as much as those between a right and a wrong clip: hence the floor.
+    return (centred / std.clamp(min=floor)).clamp(-clip, clip)   # no lucky clip owns the update
 
 def ppo_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float):
     """Clipped surrogate loss of PPO (Schulman et al. 2017, Eq. 7), and what to log about it.
@@ -181,10 +182,9 @@ def ppo_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_ra
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()                      # pi_new / pi_old, 1 before the first update
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    # Advantage > 0: raising the ratio pays until 1 + clip_range, then the gradient is 0.
-    # Advantage < 0: lowering it pays until 1 - clip_range.
-    # The minimum takes the pessimistic of both: a row that moved the *wrong* way, a good action
-    # that became rare, is not clipped and keeps its gradient.
+    # Advantage > 0: raising the ratio pays until 1 + clip_range, then the gradient is 0. Below 0:
+    # lowering it pays until 1 - clip_range. The minimum is the pessimistic of both: a row that
+    # moved the *wrong* way, a good action that became rare, keeps its gradient.
     loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
     with torch.no_grad():
         # KL(old, new) = E_old[-log ratio]; adding ratio - 1, whose mean is 0, makes every term
@@ -200,7 +200,6 @@ def gaussian_kl(mean: Tensor, mean_base: Tensor, sigma: Tensor) -> Tensor:
     # ||mean - mean_base||^2 / (2 sigma^2): exact, where approx_kl above is an estimate.
     return (mean - mean_base).square().flatten(1).mean(dim=1) / (2 * sigma ** 2)
 
-
 # ==== 3. Configuration ===========================================================================
 
 HERE = Path(__file__).resolve().parent
@@ -210,7 +209,7 @@ ETA = 1.0                  # noise of a noisy step in units of DDPM's; with less
 WARMUP_UPDATES = 10        # Adam's first steps have size lr in every weight, so lr rises from 0
 MAX_GRAD_NORM = 1.0        # an emergency brake: healthy norms are a hundred times smaller
 EMA_DECAY = 0.9            # per epoch: what is kept averages the last ten or so
-EVAL_EVERY = 15            # epochs between looks at the held-out prompts, and between snapshots
+EVAL_EVERY = 25            # epochs between looks at the held-out prompts, and between snapshots
 EVAL_NOISES = 4            # clips of each held-out prompt: of a single one, too much is luck
 
 class UserError(ValueError):
@@ -233,19 +232,19 @@ class Config:
     # the policy and its rollouts
     seconds: float = option(2.56, "length of a clip", 0.1, 60)
     num_steps: int = option(10, "T, denoising steps per clip, usually 10 to 50", 2, 999)
-    guidance_scale: float = option(1.0, "classifier-free guidance; 1 = none, half the cost", 1, 50)
-    noise_window: int = option(2, "consecutive noisy steps per clip; T or more: all", 1, 999)
-    noise_until: float = option(0.4, "the windows lie in this first part of the steps", 1e-3, 1)
+    noise_window: int = option(1, "consecutive noisy steps per clip; T or more: all", 1, 999)
+    noise_until: float = option(0.3, "they lie in this first part of the steps", 1e-3, 1)
     shared_noise: bool = option(True, "the clips of a prompt start from one noise x_T")
     # PPO
-    epochs: int = option(55, "rounds of rollout and update", 1, 10 ** 6)
-    prompts_per_epoch: int = option(8, "P, prompts per epoch", 1, 10 ** 4)
-    clips_per_prompt: int = option(16, "K, clips per prompt, compared with each other", 2, 1000)
-    updates_per_epoch: int = option(4, "optimiser steps per pass over an epoch's rows", 1, 1000)
-    passes: int = option(2, "passes over an epoch's rows, usually 1 to 4", 1, 100)
-    learning_rate: float = option(2e-3, "Adam's step size for the LoRA weights", 1e-9, 1)
+    epochs: int = option(100, "rounds of rollout and update", 1, 10 ** 6)
+    prompts_per_epoch: int = option(16, "P, prompts per epoch", 1, 10 ** 4)
+    clips_per_prompt: int = option(8, "K, clips per prompt, compared with each other", 2, 1000)
+    updates_per_epoch: int = option(4, "optimiser steps, each on its share of the rows", 1, 1000)
+    learning_rate: float = option(4e-3, "Adam's step size for the LoRA weights", 1e-9, 1)
     clip_range: float = option(1e-4, "PPO's, in nats per element of D = 16,384 latents", 1e-9, 1)
-    kl_weight: float = option(0.0, "weight of the KL to the base model, per element", 0, 1000)
+    kl_weight: float = option(0.05, "weight of the KL to the base model, per element", 0, 1000)
+    kl_guidance: float = option(5.0, "classifier-free guidance of that base model", 1, 50)
+    eval_guidance: float = option(2.0, "guidance of what is played; 1 = none, half the cost", 1, 50)
     lora_rank: int = option(8, "rank of the adapter's weight updates", 1, 1024)
     # the machine
     micro_batch: int = option(128, "clips per network call: memory, never the result", 1, 10 ** 4)
@@ -262,13 +261,13 @@ class Config:
                 wanted = (" or " if text else " to ").join(map(str, limits))
                 raise UserError(f"--{f.name.replace('_', '-')} {value}: use {wanted}")
 
-# Named sets of defaults, nothing else; any flag overrides them. For the real models: guidance is
-# their pipelines' own default; fewer steps than theirs, as rollouts are the cost; a learning rate
+# Named sets of defaults, nothing else; any flag overrides them. For the real models: both guidances
+# are their pipelines' default; fewer steps than theirs, as rollouts are the cost; a learning rate
 # for a U-Net 4 to 7 times as wide as the toy's; a clip of 5.12 s has latents of D = 16,384.
 REAL = dict(clap="lukewys/laion_clap/630k-audioset-best.pt", seconds=5.12, num_steps=20,
-            guidance_scale=2.5, epochs=100, learning_rate=1e-4, dtype="bfloat16")
+            kl_guidance=2.5, eval_guidance=2.5, learning_rate=1e-4, micro_batch=8, dtype="bfloat16")
 PRESETS = {"audioldm": dict(REAL, model="cvssp/audioldm-s-full-v2", micro_batch=16),
-           "audioldm2": dict(REAL, model="cvssp/audioldm2", guidance_scale=3.5, micro_batch=8)}
+           "audioldm2": dict(REAL, model="cvssp/audioldm2", kl_guidance=3.5, eval_guidance=3.5)}
 
 def parse_args(argv=None) -> tuple[Config, Path | None]:
     """Config of a command line, and the run directory to resume, None for a new run.
@@ -280,7 +279,7 @@ def parse_args(argv=None) -> tuple[Config, Path | None]:
     for f in dataclasses.fields(Config):       # a flag that is not given leaves no trace
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
-                            help=f"{f.metadata['help']} (default: {f.default or 'none'})")
+                            help=f"{f.metadata['help']} (default: {str(f.default) or 'none'})")
     given = vars(parser.parse_args(argv))
     run = given.pop("resume")
     if run is None:
@@ -293,7 +292,6 @@ def parse_args(argv=None) -> tuple[Config, Path | None]:
         return Config(**{**json.loads((run / "config.json").read_text()), **given}), run
     except (OSError, ValueError, TypeError, AssertionError) as error:
         raise UserError(f"--resume {run}: not a run that can go on so: {error}") from None
-
 
 # ==== 4. Prompts =================================================================================
 
@@ -332,7 +330,6 @@ def check_prompts(pipeline, prompts: list[str]) -> None:
         print(f"warning: words that the bundled model never saw: {', '.join(sorted(unknown))}; for "
               "an open vocabulary use --preset audioldm", file=sys.stderr)
 
-
 # ==== 5. The model: a stock pipeline with a LoRA adapter =========================================
 
 def bundled(path: str) -> str:
@@ -365,6 +362,7 @@ def load_pipeline(model: str, device="cpu"):
     except Exception as error:                 # whatever a library finds wrong with a folder
         raise UserError(f"--model {model}: no usable folder, nor to be had from the hub; --preset "
                         f"toy needs no network ({str(error)[:200]})") from None
+    pipeline.vae.to(memory_format=torch.channels_last)
     return pipeline.to(device)                 # in eval mode, as `from_pretrained` leaves it
 
 @torch.no_grad()
@@ -400,7 +398,6 @@ def adapter_state(unet) -> dict[str, Tensor]:
     """The adapter's weights, copied to the CPU; `load_state_dict(strict=False)` puts them back."""
     return {k: v.detach().cpu().clone() for k, v in unet.named_parameters() if v.requires_grad}
 
-
 # ==== 6. Rollouts ================================================================================
 
 World = SimpleNamespace
@@ -415,8 +412,8 @@ World = SimpleNamespace
 #     prediction_type          what the U-Net predicts, "epsilon" or "v_prediction"
 #     latent_shape, device     (C, H, W), and where the networks are
 
-def step_gaussian(world: World, latents: Tensor, steps: Tensor, prompt_ids: Tensor,
-                  eta) -> tuple[Tensor, Tensor]:
+def step_gaussian(world: World, latents: Tensor, steps: Tensor, prompt_ids: Tensor, eta,
+                  guidance: float = 1.0) -> tuple[Tensor, Tensor]:
     """Mean (B, C, H, W) and sigma (B,) of x_{t-1}, for rows at steps (B,) of the schedule.
 
     latents (B, C, H, W); steps, prompt_ids (B,) int64; eta (B,) or a number.
@@ -425,21 +422,21 @@ def step_gaussian(world: World, latents: Tensor, steps: Tensor, prompt_ids: Tens
     condition, uncondition = ({k: v if v is None else v[prompt_ids] for k, v in table.items()}
                               for table in (world.condition, world.uncondition))
     # The network alone runs in half precision, if any: latents, means and log-probs are float32.
-    dtype, guidance = getattr(torch, world.cfg.dtype), world.cfg.guidance_scale
+    dtype = getattr(torch, world.cfg.dtype)
     with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
         output = guided_prediction(world.unet, latents, timesteps, condition, uncondition, guidance)
     sigma = ddim_sigma(*alpha_bars, eta)
     return ddim_mean(output, latents, *alpha_bars, sigma, world.prediction_type), sigma
 
 @torch.no_grad()
-def denoise(world: World, latents: Tensor, step: int, prompt_ids: Tensor,
-            eta) -> tuple[Tensor, Tensor]:
+def denoise(world: World, latents: Tensor, step: int, prompt_ids: Tensor, eta,
+            guidance: float = 1.0) -> tuple[Tensor, Tensor]:
     """`step_gaussian` of one step for any number of rows, micro-batch by micro-batch."""
-    # eta is a number, or one per row where some rows are in their window and some behind it.
+    # eta is a number, or one per row where some rows are in their noisy step and some are not.
     eta = torch.as_tensor(eta, dtype=torch.float32, device=world.device).expand(len(latents))
     rows = latents, torch.full_like(prompt_ids, step), prompt_ids, eta
     parts = zip(*(x.split(world.cfg.micro_batch) for x in rows))
-    means, sigmas = zip(*(step_gaussian(world, *part) for part in parts))
+    means, sigmas = zip(*(step_gaussian(world, *part, guidance) for part in parts))
     return torch.cat(means), torch.cat(sigmas)
 
 def randn(world: World, rows: int, generator: torch.Generator) -> Tensor:
@@ -451,8 +448,7 @@ def choose_prompts(world: World, generator: torch.Generator) -> tuple[Tensor, Te
     cfg, P = world.cfg, world.cfg.prompts_per_epoch
     order = torch.randperm(len(world.train), generator=generator)
     ids = order.repeat(math.ceil(P / len(order)))[:P]            # repeats only of too few prompts
-    # A window of W steps begins at 0 ... end - W, and never reaches the last step. Early windows,
-    # since which sounds there will be is decided while there is much noise.
+    # A window of W noisy steps begins at 0 ... end - W, and never reaches the last step.
     end = min(cfg.num_steps - 1, round(cfg.noise_until * cfg.num_steps))
     starts = torch.randint(max(0, end - cfg.noise_window) + 1, ids.shape, generator=generator)
     return ids.to(world.device), starts.to(world.device)
@@ -463,52 +459,48 @@ def rollout(world: World, prompt_ids: Tensor, starts: Tensor,
 
     prompt_ids, starts (P,) int64. Returns the finished latents (B, C, H, W), group after group, and
     the table of noisy steps, tensors with leading dimension R: latents x_t, next_latents x_{t-1},
-    log_prob, step, clip (its row in the finished latents), prompt_id.
+    log_prob, step, clip (its row in the finished latents), prompt_id, and input: the first row with
+    the same x_t, which is what the U-Net is asked about.
     """
-    # The trunk: until a group's window begins, the path is plain DDIM from the group's one starting
-    # noise, the same for all K clips, so it is walked once. Without shared noise: K trunks.
-    cfg, K = world.cfg, world.cfg.clips_per_prompt
-    branches = K if cfg.shared_noise else 1
-    ids, starts = (x.repeat_interleave(K // branches) for x in (prompt_ids, starts))
-    latents = randn(world, len(ids), generator)                  # x_T
-    for step in range(int(starts.max())):
-        at = (starts > step).nonzero().flatten()                 # whose window is still to come
-        latents[at], _ = denoise(world, latents[at], step, ids[at], eta=0.0)
-    # The branches: from its window on, each clip draws its own noise.
-    latents, ids, starts = (x.repeat_interleave(branches, dim=0) for x in (latents, ids, starts))
-    table = []
-    for step in progress(range(int(starts.min()), cfg.num_steps), "roll out"):
-        at = (starts <= step).nonzero().flatten()
-        noisy = step < starts[at] + cfg.noise_window
-        mean, sigma = denoise(world, latents[at], step, ids[at], eta=ETA * noisy)
-        latents_t, latents[at] = latents[at], mean               # sigma 0: x_{t-1} is the mean
-        at, mean, sigma = at[noisy], mean[noisy], sigma[noisy]   # elsewhere it is drawn around it
+    cfg, K, table, count = world.cfg, world.cfg.clips_per_prompt, [], 0
+    ids, starts = (x.repeat_interleave(K) for x in (prompt_ids, starts))
+    clip = torch.arange(len(ids), device=world.device)
+    # Until noise parts them, the clips of a group are one path: its first clip walks it for all.
+    leader = clip - clip % K if cfg.shared_noise else clip
+    x_T = randn(world, len(leader.unique()), generator)
+    latents = x_T.repeat_interleave(len(clip) // len(x_T), dim=0)
+    for step in progress(range(cfg.num_steps), "roll out"):
+        lead = torch.where(starts >= step, leader, clip)
+        asked, back = lead.unique(return_inverse=True)           # asked[back] is lead
+        noisy = (starts <= step) & (step < starts + cfg.noise_window)
+        mean, sigma = denoise(world, latents[asked], step, ids[asked], eta=ETA * noisy[asked])
+        latents_t, latents, at = latents, mean[back], noisy.nonzero().flatten()
+        # Where sigma is 0, x_{t-1} is the mean; elsewhere it is drawn around it.
+        mean, sigma = latents[at], sigma[back][at]
         latents[at] = mean + sigma.reshape(-1, 1, 1, 1) * randn(world, len(at), generator)
         if step < cfg.num_steps - 1 and len(at):                 # the last step is not trained
-            table.append({"latents": latents_t[noisy], "next_latents": latents[at],
+            table.append({"latents": latents_t[at], "next_latents": latents[at],
                           "log_prob": gaussian_log_prob(latents[at], mean, sigma),
-                          "step": torch.full_like(at, step), "clip": at, "prompt_id": ids[at]})
-    rows = {key: torch.cat([part[key] for part in table]) for key in table[0]}
-    # Filled step by step, the table is handed on clip by clip, each clip's steps shuffled.
-    order = (rows["clip"].cpu() + torch.rand(len(rows["clip"]), generator=generator)).argsort()
-    return latents, {key: value[order.to(world.device)] for key, value in rows.items()}
+                          "step": torch.full_like(at, step), "clip": at, "prompt_id": ids[at],
+                          "input": count + torch.searchsorted(at, lead[at])})
+            count += len(at)
+    return latents, {key: torch.cat([part[key] for part in table]) for key in table[0]}
 
 def sample(world: World, prompt_ids: Tensor, latents: Tensor) -> Tensor:
     """Finished latents (B, C, H, W) of plain, deterministic DDIM from x_T: how we evaluate."""
     for step in range(world.cfg.num_steps):
-        latents, _ = denoise(world, latents, step, prompt_ids, eta=0.0)
+        latents, _ = denoise(world, latents, step, prompt_ids, 0.0, world.cfg.eval_guidance)
     return latents
 
 @torch.no_grad()
 def decode(pipeline, latents: Tensor, seconds: float) -> Tensor:
     """Waveforms (B, samples) in [-1, 1] on the CPU of finished latents: VAE, then vocoder."""
     samples, parts = round(seconds * pipeline.vocoder.config.sampling_rate), []
-    # Four at a time: a vocoder's activations are large, and more made it slower, not faster.
-    for chunk in progress(latents.split(4), "decode"):
+    # A vocoder's activations are large: on a CPU more than two clips at a time are slower.
+    for chunk in progress(latents.split(8), "decode"):
         mel = pipeline.vae.decode(chunk / pipeline.vae.config.scaling_factor).sample
-        parts.append(pipeline.mel_spectrogram_to_waveform(mel)[:, :samples].clamp(-1, 1))
-    return torch.cat(parts)
-
+        parts += [pipeline.mel_spectrogram_to_waveform(two) for two in mel.split(2)]
+    return torch.cat(parts)[:, :samples].clamp(-1, 1)
 
 # ==== 7. The reward: CLAP, made dependable =======================================================
 
@@ -592,17 +584,17 @@ def clap_reward(clap, waveforms: Tensor, sample_rate: int, prompts: list[str]) -
     # wrong rate, 16 for 16 kHz or 16000 left as it is, CLAP answers without complaint, and wrongly.
     assert waveforms.dim() == 2 and waveforms.is_floating_point(), "waveforms: float (N, samples)"
     assert 8000 <= sample_rate <= 192000, f"sample_rate {sample_rate} is not in Hz"
-    waveforms = waveforms.float().clamp(-1, 1).to(clap.logit_scale_a.device)
-    waveforms = torchaudio.functional.resample(waveforms, sample_rate, clap.audio_cfg.sample_rate)
     # CLAP hears 10 s at 48 kHz. It learned shorter clips as "repeatpad", whole repetitions and then
     # zeros. Of longer ones the package takes a random part, so that one clip scores differently
     # from call to call; the beginning is as good, and always the same.
-    length = clap.audio_cfg.clip_samples
-    waveforms = waveforms.repeat(1, max(1, length // waveforms.shape[1]))[:, :length]
-    waveforms = F.pad(waveforms, (0, length - waveforms.shape[1]))
-    audio = torch.cat([clap.encode_audio({"waveform": x}, x.device)["embedding"]
-                       for x in progress(waveforms.split(32), "CLAP")])
-    audio = F.normalize(clap.audio_projection(audio), dim=-1)                # (N, E)
+    length, rate, audio = clap.audio_cfg.clip_samples, clap.audio_cfg.sample_rate, []
+    for x in progress(waveforms.split(32), "CLAP"):
+        x = x.float().clamp(-1, 1).to(clap.logit_scale_a.device)
+        x = torchaudio.functional.resample(x, sample_rate, rate)
+        x = x.repeat(1, max(1, length // x.shape[1]))[:, :length]
+        x = F.pad(x, (0, length - x.shape[1]))
+        audio.append(clap.encode_audio({"waveform": x}, x.device)["embedding"])
+    audio = F.normalize(clap.audio_projection(torch.cat(audio)), dim=-1)     # (N, E)
     # Each prompt once, for it does not change, and alone: in a batch, the others would change its
     # last bits.
     texts = clap.__dict__.setdefault("texts", {})
@@ -612,13 +604,15 @@ def clap_reward(clap, waveforms: Tensor, sample_rate: int, prompts: list[str]) -
         texts[prompt] = clap.get_text_embedding(dict(tokens))[0]
     return (audio * torch.stack([texts[prompt] for prompt in prompts])).sum(dim=1).cpu()
 
-
 # ==== 8. PPO update ==============================================================================
 
-def replay(world: World, rows: dict, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def replay(world: World, rows: dict, at: Tensor,
+           guidance: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """Log-prob (b,), mean and sigma of the recorded actions of rows `at`, under today's weights."""
-    given = (rows[key][at] for key in ("latents", "step", "prompt_id"))
-    mean, sigma = step_gaussian(world, *given, ETA)
+    # Rows of a group that have the same x_t share one answer of the U-Net, and its gradient.
+    asked, back = rows["input"][at].unique(return_inverse=True)
+    given = (rows[key][asked] for key in ("latents", "step", "prompt_id"))
+    mean, sigma = (x[back] for x in step_gaussian(world, *given, ETA, guidance))
     return gaussian_log_prob(rows["next_latents"][at], mean, sigma), mean, sigma
 
 def check_on_policy(ratio: Tensor, dtype: str, clip_range: float) -> Tensor:
@@ -632,52 +626,55 @@ def check_on_policy(ratio: Tensor, dtype: str, clip_range: float) -> Tensor:
     if not error <= (1e-6 if exact else clip_range):
         raise UserError(f"on-policy check: the ratio is off 1 by {error:.1e} before any update, so "
                         "rollout and replay differ. Usual causes: dropout (not in eval mode), "
-                        "other timesteps, guidance halves swapped, latents in half precision")
+                        "other timesteps, another row's prompt, latents in half precision")
     return error
 
 def update(world: World, rows: dict, generator: torch.Generator) -> dict[str, float]:
     """STEP 5: clipped PPO on R rows of `rollout` with their "advantage"; returns what to log."""
     cfg, optimizer, group = world.cfg, world.optimizer, world.optimizer.param_groups[0]
-    # A bound on the log-ratio of a whole clip, 1e-4 x 16,384 = 1.6 nats, given per element of
-    # AudioLDM's latents: of fewer elements each may move further.
+    # 1e-4 x 16,384 = 1.6 nats bound the log-ratio of a whole clip: of fewer elements than
+    # AudioLDM's latents have, each may move further.
     clip_range = cfg.clip_range * 16384 / math.prod(world.latent_shape)
     count, log = len(rows["clip"]), {"grad_norm": 0.0}
-    for _ in range(cfg.passes):
-        order = torch.randperm(count, generator=generator).to(world.device)
-        for minibatch in progress(order.chunk(cfg.updates_per_epoch), "update"):
-            ratios = []
-            for at in minibatch.split(cfg.micro_batch):
-                log_prob, mean, sigma = replay(world, rows, at)
-                old, advantages = rows["log_prob"][at], rows["advantage"][at]
-                loss, info = ppo_loss(log_prob, old, advantages, clip_range)
-                if cfg.kl_weight:              # a rope to the base model, against reward hacking;
-                    with torch.no_grad(), world.unet.disable_adapter():      # it costs no memory
-                        _, mean_base, _ = replay(world, rows, at)
-                    info["kl_base"] = gaussian_kl(mean, mean_base, sigma).mean()
-                    loss = loss + cfg.kl_weight * info["kl_base"]
-                # Gradients add up to the gradient of the minibatch's mean: the micro-batch costs
-                # memory and time, and changes nothing else.
-                (loss * len(at) / len(minibatch)).backward()
-                ratios.append(info.pop("ratio"))
-                # What is logged are means over all rows and passes, added up on the device: .item()
-                # would wait for the GPU in every micro-batch.
-                for key, value in {"loss": loss, **info}.items():
-                    log[key] = log.get(key, 0) + value.detach() * len(at) / count / cfg.passes
-            # In the epoch's first minibatch the ratio is 1 and nothing is clipped; from the second
-            # one on the policy has moved, and clipping keeps it near the one that rolled out.
-            if "ratio_error" not in log:
-                log["ratio_error"] = check_on_policy(torch.cat(ratios), cfg.dtype, clip_range)
-            norm = torch.nn.utils.clip_grad_norm_(group["params"], MAX_GRAD_NORM)
-            if not norm.isfinite():                              # one NaN in Adam's state stays
-                raise UserError("the gradient is not finite: lower --learning-rate")
-            log["grad_norm"] = max(log["grad_norm"], norm)
-            # The optimiser keeps count of its steps, so that a checkpoint has it too.
-            group["updates"] = group.get("updates", 0) + 1
-            group["lr"] = cfg.learning_rate * min(1.0, group["updates"] / WARMUP_UPDATES)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    if cfg.kl_weight:
+        # Where the base model would go *with guidance*, for each row: a pull to what guidance knows
+        # already, also where all K clips are alike and the reward is silent.
+        with torch.no_grad(), world.unet.disable_adapter():
+            parts = torch.arange(count, device=world.device).split(cfg.micro_batch)
+            mean_base = torch.cat([replay(world, rows, at, cfg.kl_guidance)[1] for at in parts])
+    order = torch.randperm(count, generator=generator).to(world.device)
+    for minibatch in progress(order.chunk(cfg.updates_per_epoch), "update"):
+        ratios = []
+        for at in minibatch.split(cfg.micro_batch):
+            log_prob, mean, sigma = replay(world, rows, at)
+            loss, info = ppo_loss(log_prob, rows["log_prob"][at], rows["advantage"][at], clip_range)
+            if cfg.kl_weight:
+                info["kl_base"] = gaussian_kl(mean, mean_base[at], sigma).mean()
+                loss = loss + cfg.kl_weight * info["kl_base"]
+            # Gradients add up to the gradient of the minibatch's mean: the micro-batch costs
+            # memory and time, and changes nothing else.
+            (loss * len(at) / len(minibatch)).backward()
+            ratios.append(info.pop("ratio"))
+            # What is logged are means over all rows, added up on the device: .item() would wait
+            # for the GPU in every micro-batch.
+            for key, value in {"loss": loss, **info}.items():
+                log[key] = log.get(key, 0) + value.detach() * len(at) / count
+        # In the epoch's first minibatch the ratio is 1 and nothing is clipped; from the second one
+        # on the policy has moved, and clipping keeps it near the one that rolled out.
+        if "ratio_error" not in log:
+            log["ratio_error"] = check_on_policy(torch.cat(ratios), cfg.dtype, clip_range)
+        norm = torch.nn.utils.clip_grad_norm_(group["params"], MAX_GRAD_NORM)
+        if not norm.isfinite():                                   # one NaN in Adam's state stays
+            raise UserError("the gradient is not finite: lower --learning-rate")
+        log["grad_norm"] = max(log["grad_norm"], norm)
+        # The rate rises, then falls to 0 at the run's end, lest a long run learn CLAP's noise. The
+        # optimiser keeps count of its steps, so that a checkpoint has it too.
+        group["updates"] = n = group.get("updates", 0) + 1
+        left = 1 - (n - 1) / (cfg.epochs * cfg.updates_per_epoch)
+        group["lr"] = cfg.learning_rate * min(n / WARMUP_UPDATES, left)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return {key: float(value) for key, value in {**log, "lr": group["lr"]}.items()}
-
 
 # ==== 9. The run =================================================================================
 
@@ -722,8 +719,7 @@ def score(world: World, latents: Tensor, prompt_ids: Tensor) -> tuple[Tensor, Te
 def play(world: World, adapter: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Waveforms (M, n, samples) and rewards (M, n) of plain DDIM, n clips of each of M prompts.
 
-    The held-out prompts or, if there are none, those of training. The noise is the same at every
-    call, so what differs between two calls is what differs between their adapters.
+    The held-out prompts or, if there are none, those of training. Every call has the same noise.
     """
     first, current = len(world.train) if world.held_out else 0, adapter_state(world.unet)
     ids = torch.arange(first, len(world.train + world.held_out), device=world.device)
@@ -755,26 +751,26 @@ def train(world: World, run: Path, state: dict) -> dict[str, Tensor]:
         # The reward arrives at the end, for a whole clip: all its noisy steps share the advantage.
         rows = {**rows, "advantage": advantages.to(world.device)[rows["clip"]]}
         info = update(world, rows, generator)                                             # STEP 5
-        # The average begins as the plain mean of the first epochs, or the untrained weights would
-        # linger in it.
-        decay = min(EMA_DECAY, epoch / (epoch + 1))
+        decay = min(EMA_DECAY, epoch / (epoch + 1))              # at first a plain mean
         ema = {k: v.lerp(ema.get(k, v), decay) for k, v in adapter_state(world.unet).items()}
-        row = {"epoch": epoch + 1, "reward": rewards.mean().item(), **info,               # STEP 6
+        # Which prompts were drawn decides an epoch's reward, but not the mean of the last epochs.
+        latest = [*(row["reward"] for row in metrics[1 - EVAL_EVERY:]), rewards.mean().item()]
+        row = {"epoch": epoch + 1, "reward": latest[-1], **info,                          # STEP 6
+               "reward_mean": sum(latest) / len(latest),
                "reward_spread": rewards.view(-1, K).std(dim=1).mean().item(),
                "seconds": round(time.time() - began, 2)}
         if (epoch + 1) % EVAL_EVERY == 0:
             row["eval_reward"] = play(world, ema)[1].mean().item()
             write(run / f"adapter/epoch-{epoch + 1}.safetensors", partial(save_file, ema))
         metrics.append(row)
-        shown = "reward", "reward_spread", "approx_kl", "clip_fraction", "seconds", "eval_reward"
+        shown = "reward_mean reward_spread approx_kl clip_fraction seconds eval_reward".split()
         print(f"epoch {epoch + 1}/{cfg.epochs}", *(f"{k} {row[k]:.3g}" for k in shown if k in row),
               sep="  ", flush=True)
         # All that an epoch leaves behind. There is no state of a random generator to be kept.
         write(run / "checkpoint.pt", partial(torch.save, dict(
             epoch=epoch + 1, adapter=adapter_state(world.unet), ema=ema, metrics=metrics,
             optimizer=world.optimizer.state_dict(), prompts=[world.train, world.held_out])))
-        lines = "".join(json.dumps(row) + "\n" for row in metrics)
-        write(run / "metrics.jsonl", lines.encode())
+        write(run / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in metrics).encode())
     return ema
 
 def load_checkpoint(run: Path, world: World) -> dict:
@@ -808,11 +804,10 @@ import diffusers, pathlib, peft, soundfile, torch, transformers
 pipe = diffusers.{kind.__name__}.from_pretrained({model!r}, dtype=torch.float32{more})
 peft.PeftModel.from_pretrained(pipe.unet, pathlib.Path(__file__).parent)     # changes pipe.unet
 audio = pipe({prompts[0]!r}, num_inference_steps={cfg.num_steps},
-             guidance_scale={cfg.guidance_scale}, audio_length_in_s={cfg.seconds}).audios[0]
+             guidance_scale={cfg.eval_guidance}, audio_length_in_s={cfg.seconds}).audios[0]
 soundfile.write("tuned.wav", audio, {rate})
 """.encode())
-    # With an adapter of zeros, W + 0, the policy is the base model.
-    base = {name: torch.zeros_like(weight) for name, weight in adapter.items()}
+    base = {name: torch.zeros_like(weight) for name, weight in adapter.items()}          # W + 0
     sides = {"original": play(world, base), "fine-tuned": play(world, adapter)}
     # The first clip of each prompt can be heard, the rewards below are means over all of them.
     page = ("<!doctype html><html lang=en><meta charset=utf-8><style>audio {width: 28vw}</style>"

@@ -44,7 +44,7 @@ sys.path.insert(0, str(HERE / "samples"))
 import bench, evaluate, experiments  # noqa: E401, E402
 
 TINY = ["--prompts-per-epoch", "2", "--clips-per-prompt", "4", "--num-steps", "5", "--epochs", "3",
-        "--updates-per-epoch", "2", "--passes", "1", "--noise-window", "2", "--noise-until", "1",
+        "--updates-per-epoch", "2", "--noise-window", "2", "--noise-until", "1",
         "--micro-batch", "8", "--device", "cpu"]
 TRAIN_PROMPTS = ["birds chirp", "water flows", "snoring", "a dog is barking then talking"]
 HELD_OUT = ["a lion roaring", "wind blowing", "a man snores while leaves rustling"]
@@ -126,8 +126,8 @@ def prompt_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def world(prompt_file):
-    """The toy world, loaded once, with guidance. Tests leave it as they found it."""
-    return clap_ppo.load_world(config("--prompts", str(prompt_file), "--guidance-scale", "2.5"))
+    """The toy world, loaded once, with guidance for listening. Tests leave it as they found it."""
+    return clap_ppo.load_world(config("--prompts", str(prompt_file), "--eval-guidance", "2.5"))
 
 @pytest.fixture(scope="session")
 def clap(world):
@@ -152,7 +152,7 @@ def finished_run(prompt_file, tmp_path_factory):
     shutil.copy(HERE / "clap_ppo.py", folder)
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
     flags = ["--prompts", str(prompt_file), "--model", str(TOY / "pipeline"), "--clap",
-             str(TOY / "clap.pt"), *TINY, "--guidance-scale", "2.5", "--learning-rate", "0.1"]
+             str(TOY / "clap.pt"), *TINY, "--eval-guidance", "2.5", "--learning-rate", "0.1"]
     done = subprocess.run(
         [sys.executable, "-c", f"LOG = {str(folder / 'network.log')!r}{NETWORK_CUT}", *flags],
         env={**env, "HF_HOME": str(folder / "empty-cache")}, cwd=folder, capture_output=True,
@@ -252,14 +252,11 @@ def naive_rollout(world, scheduler, starts, generator):
             x = clips[c][None]
             with torch.no_grad():
                 out = world.unet(x, t[None], world.condition["class_labels"][g:g + 1]).sample
-                empty = world.unet(x, t[None], world.uncondition["class_labels"][g:g + 1]).sample
-            out = empty + cfg.guidance_scale * (out - empty)
             eta, draw = (clap_ppo.ETA, block[c][None]) if c in block else (0.0, torch.zeros_like(x))
             clips[c] = scheduler.step(out, t, x, eta=eta, variance_noise=draw).prev_sample[0]
             visited[c, step] = (x[0], clips[c])
     return torch.stack(clips), visited
 
-@pytest.mark.parametrize("guidance", ["1", "2.5"])
 @pytest.mark.parametrize("flags, starts, eta", [
     (["--noise-window", "2"], (1, 3), 1.0),
     (["--noise-window", "1"], (0, 5), 0.5),
@@ -268,10 +265,11 @@ def naive_rollout(world, scheduler, starts, generator):
     (["--noise-window", "999", "--no-shared-noise"], (0, 0), 1.0),
 ], ids=["window", "short-window", "all", "own-noise", "textbook"])
 def test_a_rollout_is_what_a_naive_loop_over_diffusers_scheduler_gives(
-        monkeypatch, flags, starts, eta, guidance):
-    """The trunk walked once per group, the batching by step, the micro-batches: all is speed."""
+        monkeypatch, flags, starts, eta):
+    """One path per group until its clips part, the micro-batches: all is speed. The guidance of
+    listening is none of a rollout's."""
     monkeypatch.setattr(clap_ppo, "ETA", eta)
-    world = painter_world("--num-steps", "7", "--micro-batch", "3", "--guidance-scale", guidance,
+    world = painter_world("--num-steps", "7", "--micro-batch", "3", "--eval-guidance", "3",
                           *flags, adapter_noise=0.2)
     latents, rows = roll(world, starts)
     expected, visited = naive_rollout(world, make_scheduler(), starts, seeded(0))
@@ -290,6 +288,21 @@ def test_the_table_holds_each_noisy_step_of_each_clip_once_and_never_the_last(wi
                 for step in range(starts[clip // 4], min(6, starts[clip // 4] + window))]
     assert sorted(zip(rows["clip"].tolist(), rows["step"].tolist())) == expected
     assert rows["prompt_id"].tolist() == [clip // 4 for clip in rows["clip"].tolist()]
+
+@pytest.mark.parametrize("flag, rows_asked", [("--shared-noise", 2), ("--no-shared-noise", 8)])
+def test_the_unet_answers_once_for_all_clips_that_are_still_one(flag, rows_asked):
+    """Eight clips in two groups, noisy in one step. Whichever rows a minibatch has, in any order, a
+    row's log-prob is its own."""
+    world, asked = painter_world("--noise-window", "1", "--num-steps", "5", flag), []
+    world.unet.base_model.model.register_forward_pre_hook(lambda _, args: asked.append(len(args[0])))
+    _, rows = roll(world, starts=(0, 2))
+    assert asked[0] == rows_asked and asked[3:] == [8, 8] and sum(asked) == (
+        2 + 5 + 5 + 8 + 8 if rows_asked == 2 else 5 * 8)
+    asked.clear()
+    replayed(world, rows)
+    assert asked == [rows_asked]
+    at = torch.tensor([6, 1, 3, 7])
+    torch.testing.assert_close(clap_ppo.replay(world, rows, at)[0], rows["log_prob"][at])
 
 @pytest.mark.parametrize("until, expected", [("1", {0, 1, 2, 3}), ("0.5", {0, 1})])
 def test_windows_fall_everywhere_in_their_part_of_the_path(until, expected):
@@ -310,6 +323,8 @@ def test_every_epoch_of_a_run_begins_with_ratio_one_and_asks_nothing_of_the_netw
     assert [row["epoch"] for row in finished_run.metrics] == [1, 2, 3]
     for row in finished_run.metrics:
         assert 0 <= row["ratio_error"] <= 1e-6 and row["approx_kl"] > 0
+    rewards = [row["reward"] for row in finished_run.metrics]
+    assert finished_run.metrics[2]["reward_mean"] == pytest.approx(sum(rewards) / 3)
     assert not finished_run.network.exists(), finished_run.network.read_text()
 
 def update_once(world, rows, seed=0, advantages=None):
@@ -338,7 +353,7 @@ def test_a_broken_replay_stops_the_run_in_any_precision(world, fault, dtype):
     if fault == "none":
         assert update_once(world, rows)["ratio_error"] <= (1e-6 if dtype == "float32" else 1e-3)
         return
-    with pytest.raises(UserError, match="on-policy check.*dropout.*halves swapped"):
+    with pytest.raises(UserError, match="on-policy check.*dropout.*other timesteps"):
         update_once(world, rows)
 
 def test_in_half_precision_single_rows_may_be_off_but_not_most():
@@ -457,7 +472,7 @@ def test_an_advantage_says_how_much_better_a_clip_is_than_its_siblings():
 
 def test_prompts_do_not_compete():
     """With one mean for all, the hard prompt's best clip would be punished."""
-    hard, easy = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.7, 0.8, 0.9])
+    hard, easy = torch.tensor([0.1, 0.3, 0.5]), torch.tensor([0.5, 0.7, 0.9])
     advantages = clap_ppo.group_advantages(torch.stack([hard, 10 * easy]))
     torch.testing.assert_close(advantages[0], advantages[1], rtol=1e-4, atol=1e-4)
     assert advantages[0, 2] > 1
@@ -465,18 +480,19 @@ def test_prompts_do_not_compete():
 def test_an_outlier_is_clipped():
     """One of 101 clips that is better than all others stands 10 deviations off; 5 is enough."""
     rewards = torch.zeros(1, 101)
-    rewards[0, 50] = 1
+    rewards[0, 50] = 2
     assert clap_ppo.group_advantages(rewards)[0, 50] == 5
     assert clap_ppo.group_advantages(-rewards)[0, 50] == -5
     assert clap_ppo.group_advantages(rewards, clip=20.0)[0, 50] == pytest.approx(10, rel=1e-4)
 
-def test_a_group_without_spread_teaches_nothing():
-    """Dividing by a spread of 0 would make NaN of it, by a rounding error a signal."""
+def test_a_group_of_little_spread_teaches_little_and_one_without_nothing():
+    """Divided by its own deviation, the noise of alike clips would count as much as success."""
     equal = clap_ppo.group_advantages(torch.tensor([[7, 7, 7], [1, 2, 3]]))
     assert equal[0].tolist() == [0, 0, 0] and equal[1, 2] > 1
-    thirds = torch.full((1, 16), 1 / 3)
-    thirds[0, 0] += 6e-8
-    assert clap_ppo.group_advantages(thirds).tolist() == [[0.0] * 16]
+    alike = torch.tensor([[0.50, 0.52, 0.48], [0.0, 0.2, -0.2]])
+    found = clap_ppo.group_advantages(alike, floor=0.1)
+    torch.testing.assert_close(found[0], torch.tensor([0.0, 0.2, -0.2]))
+    assert found[1, 1] == pytest.approx(1.5 ** 0.5)              # its own deviation is larger
 
 @pytest.mark.parametrize("rewards, complaint", [
     (torch.ones(4, 1), "K >= 2"), (torch.ones(4), "K >= 2"), (torch.ones(1, 2) / 0, "not finite")])
@@ -637,8 +653,8 @@ def test_the_micro_batch_changes_memory_and_speed_but_not_the_result(monkeypatch
     monkeypatch.setattr(clap_ppo, "WARMUP_UPDATES", 1)
     results = []
     for micro_batch in ("64", "3"):
-        world = painter_world("--micro-batch", micro_batch, "--learning-rate", "0.5", "--passes",
-                              "2", "--kl-weight", "0.1", "--clip-range", "0.5", adapter_noise=0.2)
+        world = painter_world("--micro-batch", micro_batch, "--learning-rate", "0.5",
+                              "--kl-weight", "0.1", "--clip-range", "0.5", adapter_noise=0.2)
         _, rows = roll(world)
         start = clap_ppo.adapter_state(world.unet)
         info = update_once(world, rows)
@@ -651,9 +667,9 @@ def test_the_micro_batch_changes_memory_and_speed_but_not_the_result(monkeypatch
         assert other_info[key] == pytest.approx(info[key], rel=1e-3, abs=1e-6)
 
 def test_an_update_raises_good_actions_and_its_rate_warms_up_over_the_whole_run():
-    """Two passes in three minibatches are six steps; lr rises over ten of the whole run's."""
-    world = painter_world("--passes", "2", "--updates-per-epoch", "3", "--learning-rate", "0.2",
-                          "--clip-range", "0.5", adapter_noise=0.1)
+    """Of a run's 30 steps lr rises over ten, while it falls over all of them to 0."""
+    world = painter_world("--updates-per-epoch", "6", "--learning-rate", "0.2", "--epochs", "5",
+                          "--clip-range", "0.5", "--kl-weight", "0", adapter_noise=0.1)
     rates, step, (_, rows) = [], world.optimizer.step, roll(world)
     world.optimizer.step = lambda: (rates.append(world.optimizer.param_groups[0]["lr"]), step())
     info = update_once(world, rows)
@@ -662,7 +678,7 @@ def test_an_update_raises_good_actions_and_its_rate_warms_up_over_the_whole_run(
     assert (gain * advantages).mean() > 1e-4 and info["approx_kl"] > 0
     assert torch.corrcoef(torch.stack([gain, advantages]))[0, 1] > 0.3
     update_once(world, roll(world)[1])
-    assert rates == pytest.approx([0.2 * min(1, n / 10) for n in range(1, 13)])
+    assert rates == pytest.approx([0.2 * min(n / 10, 1 - (n - 1) / 30) for n in range(1, 13)])
 
 def test_the_clip_range_is_scaled_to_the_size_of_the_latents(monkeypatch):
     """1.6 nats per clip, whether spread over 16,384 elements or over 16."""
@@ -673,18 +689,24 @@ def test_the_clip_range_is_scaled_to_the_size_of_the_latents(monkeypatch):
     assert seen[0] == pytest.approx(1e-4 * 16384 / 16)
 
 @pytest.mark.parametrize("weight", ["0", "1"])
-def test_the_kl_term_pulls_the_policy_back_to_the_base(monkeypatch, weight):
+def test_the_kl_term_pulls_the_policy_to_the_base_with_guidance(monkeypatch, weight):
     """Without any advantage only the KL term speaks; without the term nothing moves at all."""
     monkeypatch.setattr(clap_ppo, "WARMUP_UPDATES", 1)
-    world = painter_world("--kl-weight", weight, "--passes", "3", "--learning-rate", "0.5",
-                          adapter_noise=0.3)
+    world = painter_world("--kl-weight", weight, "--kl-guidance", "3", "--learning-rate", "0.5",
+                          "--updates-per-epoch", "6", adapter_noise=0.3)
     _, rows = roll(world)
 
     def gap():
+        given = rows["latents"], world.schedule[0][rows["step"]]
+        labels = torch.eye(2)[rows["prompt_id"]]
         with torch.no_grad():
             _, mean, sigma = replayed(world, rows)
             with world.unet.disable_adapter():
-                return clap_ppo.gaussian_kl(mean, replayed(world, rows)[1], sigma).mean().item()
+                asked = world.unet(*given, labels).sample
+                empty = world.unet(*given, torch.full_like(labels, 0.1)).sample
+            bars = (bar[rows["step"]] for bar in world.schedule[1:])
+            guided = clap_ppo.ddim_mean(empty + 3 * (asked - empty), given[0], *bars, sigma)
+        return clap_ppo.gaussian_kl(mean, guided, sigma).mean().item()
 
     before, info = gap(), update_once(world, rows, advantages=torch.zeros(len(rows["clip"])))
     if weight == "0":
@@ -761,13 +783,15 @@ def cut_run(run_flags, tmp_path_factory):
     assert clap_ppo.main([*run_flags, "--epochs", "2", "--out", str(run)]) == 0
     return run
 
-def test_two_epochs_and_one_more_are_three(cut_run, straight_run, tmp_path, capsys):
-    """To the same bytes; and a finished run is finished again."""
+def test_a_finished_run_goes_on_for_more_epochs_or_is_finished_again(cut_run, tmp_path, capsys):
+    """The learning rate, which had fallen, follows the new length: the third of three epochs."""
     run = Path(shutil.copytree(cut_run, tmp_path / "run"))
-    assert len(results(run)[1]) == 2
+    before = results(run)[1]
     assert run_main(capsys, "--resume", run, "--epochs", 3)[0] == 0
-    assert results(run) == straight_run
-    assert run_main(capsys, "--resume", run)[0] == 0 and results(run) == straight_run
+    longer = results(run)
+    assert longer[1][:2] == before and len(longer[1]) == 3
+    assert longer[1][2]["lr"] == pytest.approx(0.01 / 6) and before[1]["lr"] == 0.01 / 4
+    assert run_main(capsys, "--resume", run)[0] == 0 and results(run) == longer
 
 @pytest.mark.parametrize("moment", [1, 2, 4], ids=["first-epoch", "second-rollout", "at-the-end"])
 def test_a_run_cut_at_any_moment_resumes_to_the_same_bytes(
@@ -894,7 +918,7 @@ GOOD = ["--prompts", "good.txt", *TINY]
     ([*GOOD, "--clap", "good.txt"], "--clap good.txt: damaged"),
     ([*GOOD, "--out", "run"], "--out run: exists; .*--resume run"),
     (["--resume", "nowhere"], "--resume nowhere: not a run.*No such file"),
-    (["--resume", "run", "--seed", "5", "--passes", "1"], "passes and seed cannot change"),
+    (["--resume", "run", "--seed", "5", "--lora-rank", "1"], "lora_rank and seed cannot change"),
     (["--resume", "run", "--epochs", "0"], "--epochs 0: use 1 to"),
     (["--resume", "broken"], "--resume broken: not a run"),
     (["--resume", "old"], "--resume old: not a run.*eta"),
@@ -943,14 +967,14 @@ def test_what_the_model_cannot_take_in_is_said_before_the_run(world, capsys):
 def test_a_run_leaves_what_was_promised(finished_run):
     import soundfile
     run = finished_run.folder
-    assert clap_ppo.Config(**json.loads((run / "config.json").read_text())).guidance_scale == 2.5
+    assert clap_ppo.Config(**json.loads((run / "config.json").read_text())).eval_guidance == 2.5
     assert len(list((run / "clips").iterdir())) == 2 * len(HELD_OUT)
     for i, side in itertools.product(range(3), ("original", "fine-tuned")):
         wave, rate = soundfile.read(run / f"clips/{i:03}-{side}.wav")
         assert rate == 16000 and wave.shape == (40960,) and np.abs(wave).max() > 0
     assert b".default." not in (run / "adapter/adapter_model.safetensors").read_bytes()  # as peft has
     assert (run / "adapter/adapter_config.json").exists() and not list(run.rglob("tmp-*"))
-    assert len(re.findall(r"^epoch \d/3  reward ", finished_run.out, flags=re.M)) == 3
+    assert len(re.findall(r"^epoch \d/3  reward_mean ", finished_run.out, flags=re.M)) == 3
     assert re.search(r"held-out prompts: reward \S+ -> \S+, better for \d of 3", finished_run.out)
 
 def play_snippet(run: Path, folder: Path, monkeypatch, noise: torch.Tensor) -> dict:
@@ -966,7 +990,7 @@ def play_snippet(run: Path, folder: Path, monkeypatch, noise: torch.Tensor) -> d
         assert (folder / "tuned.wav").exists() and "clap_ppo" not in code
         heard[side] = names["pipe"](
             HELD_OUT[0], latents=noise, num_inference_steps=5, audio_length_in_s=2.56,
-            guidance_scale=cfg["guidance_scale"]).audios[0]
+            guidance_scale=cfg["eval_guidance"]).audios[0]
     return heard
 
 def test_the_adapter_gives_the_tuned_clips_in_a_plain_pipeline(finished_run, tmp_path, monkeypatch):
@@ -1089,7 +1113,7 @@ def test_the_judge_hears_what_the_run_played(finished_run):
                                                         finished_run.out).groups()):
         assert found[side]["reward"]["value"] == pytest.approx(float(shown), abs=6e-4)
     assert found["snapshots"][-1]["judge_score"] == found["tuned"]["judge_score"]
-    assert [row["label"] for row in found["guidance"]] == ["1, base", "1, tuned"]
+    assert [row["label"] for row in found["guidance"]] == ["base, guidance 1", "tuned, guidance 1"]
     assert found["guidance"][0]["reward"] != found["base"]["reward"]
     assert found["best_of"][1]["reward"]["value"] > found["best_of"][0]["reward"]["value"]
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")

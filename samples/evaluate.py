@@ -68,7 +68,7 @@ class Clips(NamedTuple):
 def make_clips(world, judge, adapter: dict[str, Tensor], n: int, guidance: float | None = None,
                seed: int | None = None) -> Clips:
     """Clips of the prompts that `clap_ppo.play` plays, with its noise if no other seed is given."""
-    cfg = replace(world.cfg, guidance_scale=guidance or world.cfg.guidance_scale)
+    cfg = replace(world.cfg, eval_guidance=guidance or world.cfg.eval_guidance)
     world = clap_ppo.World(**{**vars(world), "cfg": cfg})
     world.unet.load_state_dict(adapter, strict=False)
     prompts = world.held_out or world.train
@@ -184,9 +184,9 @@ def print_evaluation(result: dict) -> None:
           f"the judge prefers tuned to base in {show(result['preference'])} of all pairs")
     names = "recognition", "judge_score", "reward", "diversity"
     for title in (title for title in ("guidance", "best_of", "snapshots") if result.get(title)):
-        print(f"\n{title:<16}" + "".join(f"{name:>27}" for name in names))
+        print(f"\n{title:<20}" + "".join(f"{name:>27}" for name in names))
         for row in result[title]:
-            print(f"{row['label']:<16}" + "".join(f"{show(row[name]):>27}" for name in names))
+            print(f"{row['label']:<20}" + "".join(f"{show(row[name]):>27}" for name in names))
     for epoch in over_optimised(result.get("snapshots", [])):
         print(f"warning: epoch {epoch} has more reward and less of the judge than an earlier one: "
               "over-optimisation", file=sys.stderr)
@@ -243,12 +243,12 @@ def save_page(folder: Path, cfg, rows: list[dict], result: dict, metrics: list[d
 
 def save_curve(path: Path, metrics: list[dict], result: dict) -> None:
     """The reward by epoch, of the rollouts and of held-out prompts, and what the judge says."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    axes.plot([r["epoch"] for r in metrics], [r["reward"] for r in metrics], color="C0", alpha=0.4,
-              label="reward of the rollouts, whose prompts change")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for key, alpha, of in (("reward", 0.3, "an epoch's"), ("reward_mean", 0.7, "the last epochs'")):
+        axes.plot([r["epoch"] for r in metrics], [r[key] for r in metrics], color="C0", alpha=alpha,
+                  label=f"reward of {of} rollouts")
     kept = {0: result["base"]["reward"]["value"], len(metrics): result["tuned"]["reward"]["value"],
             **{r["epoch"]: r["eval_reward"] for r in metrics if "eval_reward" in r}}
     axes.plot(*zip(*sorted(kept.items())), "o-", color="C0", label="reward on held-out prompts")
@@ -258,7 +258,6 @@ def save_curve(path: Path, metrics: list[dict], result: dict) -> None:
     axes.set(xlabel="epoch (0: the base model)", ylabel="cosine of clip and prompt")
     axes.legend()
     figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)
 
 # ==== 4. Listeners ===============================================================================
 
@@ -304,12 +303,12 @@ def evaluate(run: Path, judge: str = "", noises: int = 4, guidance=(), best=(),
     untuned = {name: torch.zeros_like(weight) for name, weight in tuned.items()}
     base, after = (make_clips(world, ear, adapter, noises) for adapter in (untuned, tuned))
     result = compare(base, after)
-    result["guidance"] = [{"label": f"{scale:g}, {name}", "scale": scale, "model": name,
+    result["guidance"] = [{"label": f"{name}, guidance {scale:g}", "scale": scale, "model": name,
                            **figures(make_clips(world, ear, adapter, noises, scale))}
                           for name, adapter in (("base", untuned), ("tuned", tuned))
                           for scale in guidance]
     many = make_clips(world, ear, untuned, noises * max(best), seed=0) if best else ()
-    result["best_of"] = [{"label": str(n), "n": n, **figures(best_of(
+    result["best_of"] = [{"label": f"base, best of {n}", "n": n, **figures(best_of(
         Clips(*(x[:, :noises * n] for x in many)), n))} for n in best]
     kept = {int(f.stem[6:]): load_file(f) for f in (run / "adapter").glob("epoch-*.safetensors")}
     result["snapshots"] = [

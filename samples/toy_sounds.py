@@ -450,14 +450,14 @@ def parse(text):
 # ------------------------------------------------------------------------------------------------
 
 def prompt_lists(seed=0):
-    """(72 training prompts, 40 held-out prompts) as two lists of captions, the same every time.
+    """(118 training prompts, 40 held-out prompts) as two lists of captions, the same every time.
 
     The twelve events stand on a circle in random order. A pair has a distance of 1 to 6 steps;
     distances 1-5 hold 12 pairs each and touch every event twice, distance 6 holds 6 pairs.
     Training pairs (40): distances 1, 3, 4 and four of distance 6. Held-out pairs (26): the others.
-    Training: "then" for all 40, "and" for distances 3 and 4, 8 singles. Held out: "and" for
-    distance 2, "then" for the other 14 held-out pairs, "then" in the reverse of the trained order
-    for ten pairs of distance 1, and the 4 events that are no single in training.
+    Held out: "and" for distance 2, "then" for the other 14 held-out pairs, "then" in the reverse of
+    the trained order for ten pairs of distance 1, and the 4 events that are no single in training.
+    Training: 8 singles and, of the training pairs, "and" for all 40, "then" in all 70 orders left.
     """
     rng = np.random.default_rng(seed)
     ring = [str(e) for e in rng.permutation(list(EVENTS))]
@@ -470,14 +470,17 @@ def prompt_lists(seed=0):
     held_out += [("and", pair) for pair in pairs[2]]
     held_out += [("then", pair) for pair in pairs[5] + pairs[6][4:]]
     held_out += [("then", pair[::-1]) for pair in pairs[1][:10]]
-    return [caption(s, rng) for s in train], [caption(s, rng) for s in held_out]
+    more = [("and", pair) for pair in pairs[1] + pairs[6][:4]]
+    more += [("then", pair[::-1]) for pair in pairs[1][10:] + pairs[3] + pairs[4] + pairs[6][:4]]
+    first, out, rest = ([caption(s, rng) for s in scenes] for scenes in (train, held_out, more))
+    return first + rest, out
 
 
 def write_prompts(folder):
     """Write prompts.txt, eval_prompts.txt and published_prompts.txt into `folder`."""
     train, held_out = prompt_lists()
     files = {
-        "prompts.txt": ("# 72 training prompts: 8 single, 24 and, 40 then", train),
+        "prompts.txt": ("# 118 training prompts: 8 single, 40 and, 70 then", train),
         "eval_prompts.txt": ("# 40 held-out prompts: 4 single, 12 and, 24 then", held_out),
         "published_prompts.txt": ("# the six published prompts, verbatim", PUBLISHED_PROMPTS),
     }
