@@ -4,7 +4,7 @@
     python samples/experiments.py defaults           # one experiment with all its seeds
     python samples/experiments.py all                # everything; hours
     python samples/experiments.py report             # the README's tables
-    python samples/experiments.py method             # samples/method.png
+    python samples/experiments.py pictures           # samples/guidance.png and samples/method.png
     python samples/experiments.py demo RUN LOG       # samples/demo, of an evaluated run and its log
 
 Every run is a call of `clap_ppo.main` in runs/experiments/NAME-SEED, then of `evaluate.py`. What
@@ -17,6 +17,7 @@ import shutil
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -52,7 +53,7 @@ def regression_update(world, rows, generator):
     """
     cfg, optimizer, group = world.cfg, world.optimizer, world.optimizer.param_groups[0]
     weights = rows["advantage"].exp() / rows["advantage"].exp().mean()
-    for _ in range(cfg.passes):
+    for _ in range(4):
         for at in torch.randperm(len(weights), generator=generator).chunk(cfg.updates_per_epoch):
             step = torch.randint(cfg.num_steps, (len(at),), generator=generator)
             noise = clap_ppo.randn(world, len(at), generator)
@@ -65,8 +66,9 @@ def regression_update(world, rows, generator):
             loss = ((predicted - noise).square().flatten(1).mean(dim=1) * weights[at]).mean()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(group["params"], clap_ppo.MAX_GRAD_NORM)
-            group["updates"] = group.get("updates", 0) + 1
-            group["lr"] = cfg.learning_rate * min(1.0, group["updates"] / clap_ppo.WARMUP_UPDATES)
+            group["updates"] = n = group.get("updates", 0) + 1
+            left = 1 - (n - 1) / (4 * cfg.epochs * cfg.updates_per_epoch)
+            group["lr"] = cfg.learning_rate * min(n / clap_ppo.WARMUP_UPDATES, left)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     return {"loss": loss.item(), "approx_kl": 0.0, "clip_fraction": 0.0, "grad_norm": norm.item()}
@@ -77,34 +79,46 @@ def attention_lora(unet, rank):
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     return get_peft_model(unet, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)).eval()
 
-group_advantages = clap_ppo.group_advantages
+def with_guidance(scale):
+    """`step_gaussian` of a policy that is guided wherever it acts."""
+    return lambda *args: step_gaussian(*args[:5], max(scale, *args[5:], 1))
+
+group_advantages, step_gaussian = clap_ppo.group_advantages, clap_ppo.step_gaussian
 
 
 # ==== 2. The experiments =========================================================================
 
-SHORT = "--epochs 12"                                                               # 1,536 clips
-DDPO = ("--epochs 6 --prompts-per-epoch 16 --noise-window 10 --no-shared-noise --guidance-scale 5 "
-        "--learning-rate 3e-4 --passes 1 --updates-per-epoch 2 --clip-range 6.25e-6 --lora-rank 4")
+SHORT = "--epochs 30"                                                               # 3,840 clips
+DDPO = ("--epochs 15 --clips-per-prompt 16 --noise-window 10 --no-shared-noise --kl-weight 0 "
+        "--learning-rate 3e-4 --updates-per-epoch 2 --clip-range 6.25e-6 --lora-rank 4")
 
 # name: (what the README calls it, seeds, flags, replaced parts)
 EXPERIMENTS: dict[str, tuple] = {
     "defaults": ("the defaults, whole run", 5, "", {}),
-    "long": ("ten times as long", 1, "--epochs 550", {}),
+    "long": ("ten times as long", 1, "--epochs 1000", {}),
     "short": ("**the defaults**", 3, SHORT, {}),
+    "ppo-alone": ("no KL: PPO alone", 3, f"{SHORT} --kl-weight 0", {}),
+    "kl-alone": ("advantages 0: the pull alone", 3, SHORT,
+                 dict(group_advantages=torch.zeros_like)),
+    "kl-plain": ("KL to the base without guidance", 3, f"{SHORT} --kl-guidance 1", {}),
+    "two-steps": ("noise in two steps", 3, f"{SHORT} --noise-window 2", {}),
+    "first-step": ("noise in the first step", 3, f"{SHORT} --noise-until 0.1", {}),
     "all-steps": ("noise in all 10 steps, 9 trained", 3, f"{SHORT} --noise-window 10", {}),
     "own-noise": ("each clip its own starting noise", 3, f"{SHORT} --no-shared-noise", {}),
     "ddpo": ("DDPO's published settings, 10 steps", 3, DDPO,
-             dict(add_lora=attention_lora, EMA_DECAY=0.0, WARMUP_UPDATES=1)),
-    "regression": ("reward-weighted regression", 3, f"{SHORT} --passes 4 --updates-per-epoch 2",
+             dict(add_lora=attention_lora, step_gaussian=with_guidance(5), EMA_DECAY=0.0,
+                  WARMUP_UPDATES=1)),
+    "regression": ("reward-weighted regression", 3, f"{SHORT} --updates-per-epoch 2",
                    dict(rollout=rollout_of_ddim, update=regression_update)),
+    "no-floor": ("no floor under the deviation", 3, SHORT,
+                 dict(group_advantages=partial(group_advantages, floor=1e-6))),
     "global": ("one mean and deviation for all prompts", 3, SHORT,
                dict(group_advantages=global_advantages)),
     "no-clipping": ("no clipping", 3, f"{SHORT} --clip-range 1", {}),
     "group-2": ("64 prompts x 2 clips", 3,
                 f"{SHORT} --prompts-per-epoch 64 --clips-per-prompt 2", {}),
-    "guidance": ("guidance 2 in rollout, training and evaluation", 3,
-                 f"{SHORT} --guidance-scale 2", {}),
-    "kl-0.1": ("KL weight 0.1", 3, f"{SHORT} --kl-weight 0.1", {}),
+    "guidance": ("guidance 2 in rollout and training", 3, SHORT,
+                 dict(step_gaussian=with_guidance(2))),
     "rank-1": ("LoRA rank 1", 3, f"{SHORT} --lora-rank 1", {}),
 }
 
@@ -151,11 +165,11 @@ def run_one(name: str, seed: int) -> None:
         print(f"\n=== {name}, seed {seed}: {' '.join(argv)}", flush=True)
         if clap_ppo.main(argv) != 0:
             return
-        # What is free is asked of the first whole run: guidance, and the base model's best of n, up
-        # to the reward calls of that run: 55 x 128 = 7,040, 44 for each of 40 x 4 clips.
-        free = name == "defaults" and seed == 0
-        result = evaluate.evaluate(run, snapshots=name == "long", best=(2, 4, 8, 16, 44) if free
-                                   else (), guidance=(1.5, 2, 3, 5, 7) if free else ())
+        # Beside the whole runs, what is free: guidance, and the base model's best of 4.
+        whole = name == "defaults"
+        result = evaluate.evaluate(
+            run, noises=12 if whole else 4, snapshots=name == "long", best=(4,) if whole else (),
+            guidance=(1, 1.5, 2, 3, 5, 7) if whole else ())
     for row in result.pop("snapshots"):
         write_row({"name": name, "seed": seed, "epoch": row["epoch"], **{
             k: row[k]["value"] for k in ("reward", "judge_score", "recognition", "diversity")}})
@@ -206,18 +220,18 @@ def seeds_table(rows: list[dict]) -> str:
     return table(["seed", *(c.replace("_", " ") for c in columns), "mended : broken", "gain",
                   "preference"], lines)
 
-def free_table(rows: list[dict], best=(4, 44), base=(2, 7), tuned=(1.5, 5)) -> str:
-    """One clip as it comes: of the base model, with guidance, of its best of n, after PPO; cost."""
-    steps, first = clap_ppo.Config().num_steps, runs_of(rows, "defaults")[0]
-    found = [("base", steps, first["base"]), ("**tuned**", steps, first["tuned"])]
-    for r in (r for r in rows if r["name"] == "free"):
-        if r.get("n") in best:
-            found.append((f"base, best of {r['n']}", steps * r["n"], r))
-        elif r.get("scale") in {"base": base, "tuned": tuned}.get(r.get("model"), ()):
-            found.append((f"{r['model']}, guidance {r['scale']:g}", 2 * steps, r))
-    return table(["", "U-Net passes", "recognition", "diversity"], [
-        [label, str(cost), interval(r["recognition"]), f"{r['diversity']['value']:.2f}"]
-        for label, cost, r in found])
+def free_table(rows: list[dict]) -> str:
+    """One clip as it comes, over seeds: of the base model, with guidance, of its best of 4; after
+    PPO; and what it costs."""
+    steps, lines = clap_ppo.Config().num_steps, []
+    free = [r for r in rows if r["name"] == "free"]
+    for label in dict.fromkeys(r["label"] for r in free):
+        found = [r for r in free if r["label"] == label]
+        cost = steps * found[0].get("n", 1) * (1 if found[0].get("scale") == 1 else 2)
+        lines.append([label, str(cost), *(
+            spread([r[key]["value"] for r in found], "")
+            for key in ("recognition", "diversity", "diversity_right"))])
+    return table(["", "U-Net passes", "recognition", "diversity", "of recognised clips"], lines)
 
 def ablation_table(rows: list[dict]) -> str:
     """What each change does to a short run: gains, and the difference to the defaults' gain."""
@@ -257,12 +271,37 @@ def fill(text: str, rows: list[dict]) -> str:
     parts = {"log": log_block(), **{name: make(rows) for name, make in tables.items()}}
     for name, part in parts.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
-        head, rest = text.split(begin)
-        text = head + begin + part + "\n" + end + rest.split(end)[1]
+        if begin in text:
+            head, rest = text.split(begin)
+            text = head + begin + part + "\n" + end + rest.split(end)[1]
     return text
 
 
-# ==== 5. The picture of the method, and the demo =================================================
+# ==== 5. The pictures, and the demo ==============================================================
+
+def draw_guidance(rows: list[dict]) -> None:
+    """Recognition against diversity, one dot per guidance, base and tuned: 95 % over seeds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from scipy import stats
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    for model, colour, away in (("base", "C7", -13), ("tuned", "C1", 6)):
+        found = [r for r in rows if r["name"] == "free" and r.get("model") == model]
+        scales = (1, 1.5, 2, 3, 5, 7) if model == "base" else (1, 1.5, 2, 3)
+        values = torch.tensor([[[r[key]["value"] for r in found if r["scale"] == scale]
+                                for key in ("diversity_right", "recognition")] for scale in scales])
+        seeds, (x, y) = values.shape[2], values.mean(dim=2).T
+        half = stats.t.ppf(0.975, seeds - 1) * values.std(dim=2).T / seeds ** 0.5
+        axes.errorbar(x, y, yerr=half[1], xerr=half[0], fmt="o-", color=colour, elinewidth=0.8,
+                      label={"base": "base model", "tuned": "after PPO"}[model])
+        for scale, *point in zip(scales, x.tolist(), y.tolist()):
+            axes.annotate(f"{scale:g}", point, (5, away), textcoords="offset points", color=colour)
+    axes.set(xlabel="diversity of a prompt's recognised clips (mean cosine distance)",
+             ylabel="clips whose prompt is recognised",
+             title="held-out prompts, five seeds; at each dot the guidance it was listened to with")
+    axes.legend()
+    figure.savefig(HERE / "guidance.png", dpi=110)
 
 def draw_method(prompt="a man whistling then lion roaring", seed: int = 2, start: int = 1) -> None:
     """One group of clips of the bundled base model, from noise to advantage: nothing is a sketch.
@@ -293,8 +332,8 @@ def draw_method(prompt="a man whistling then lion roaring", seed: int = 2, start
         axes["paths"].plot(line, color=colour[k], linewidth=1.2)
     axes["paths"].plot(heights[:start + 1, 0], color="black", linewidth=2)
     axes["paths"].axvspan(start, end, color="gold", alpha=0.35)
-    for x, text in ((0.05, "one\nnoise"), (start + 0.05, "noisy steps:\nthe actions"),
-                    (end + 0.2, "plain DDIM, to 16 different clips")):
+    for x, text in ((0.05, "one\nnoise"), (start + 0.05, "one\naction"),
+                    (end + 0.3, f"plain DDIM, to {len(ids)} different clips")):
         axes["paths"].text(x, 0.98, text, va="top", transform=axes["paths"].get_xaxis_transform())
     axes["paths"].margins(y=0.16)
     axes["paths"].set(xlabel="denoising step", title=f'{len(rewards)} clips of "{prompt}"',
@@ -352,7 +391,8 @@ def main(argv: list[str]) -> None:
                   f"{'with other ' + ', '.join(parts) if parts else ''}")
     elif command == "report":
         readme.write_text(fill(readme.read_text(), read_rows()))
-    elif command == "method":
+    elif command == "pictures":
+        draw_guidance(read_rows())
         draw_method()
     elif command == "demo":
         make_demo(*map(Path, argv[1:]))
