@@ -87,7 +87,7 @@ PIPELINE = SimpleNamespace(vocoder=SimpleNamespace(config=SimpleNamespace(sampli
 def painter_world(*flags: str, adapter_noise=0.0, scheduler=None) -> clap_ppo.World:
     """Two prompts, "up" that likes large latents and "down" that likes small ones, and a Painter as
     the policy. `adapter_noise` moves the adapter away from the base."""
-    cfg = config("--num-steps", "10", *flags)
+    cfg = config("--num-steps", "10", "--kl-weight", "0", "--eval-guidance", "1", *flags)
     torch.manual_seed(2)
     unet = clap_ppo.add_lora(Painter(2), 4)
     weights = [weight for weight in unet.parameters() if weight.requires_grad]
@@ -669,7 +669,7 @@ def test_the_micro_batch_changes_memory_and_speed_but_not_the_result(monkeypatch
 def test_an_update_raises_good_actions_and_its_rate_warms_up_over_the_whole_run():
     """Of a run's 30 steps lr rises over ten, while it falls over all of them to 0."""
     world = painter_world("--updates-per-epoch", "6", "--learning-rate", "0.2", "--epochs", "5",
-                          "--clip-range", "0.5", "--kl-weight", "0", adapter_noise=0.1)
+                          "--clip-range", "0.5", adapter_noise=0.1)
     rates, step, (_, rows) = [], world.optimizer.step, roll(world)
     world.optimizer.step = lambda: (rates.append(world.optimizer.param_groups[0]["lr"]), step())
     info = update_once(world, rows)
