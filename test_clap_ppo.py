@@ -1290,8 +1290,17 @@ def test_real_architectures_run_from_their_folders(
     adapter, rows, _ = results(tmp_path / "run")
     for row in rows:
         assert row["ratio_error"] <= 1e-6 and row["approx_kl"] > 0 and row["reward_spread"] > 0
-    assert run_main(capsys, *flags, "--epochs", 1, "--out", tmp_path / "cut")[0] == 0
-    assert run_main(capsys, "--resume", tmp_path / "cut", "--epochs", 2)[0] == 0
+    real, calls = clap_ppo.score, []
+
+    def interrupted(*args):                      # in the second epoch
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(clap_ppo, "score", interrupted)
+    assert run_main(capsys, *flags, "--epochs", 2, "--out", tmp_path / "cut")[0] == 130
+    assert run_main(capsys, "--resume", tmp_path / "cut")[0] == 0
     assert results(tmp_path / "cut")[0] == adapter
     noise = torch.randn(len(HELD_OUT), 8, 16, 8, generator=seeded(999))[:1]
     heard = play_snippet(tmp_path / "run", tmp_path, monkeypatch, noise)
