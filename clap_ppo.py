@@ -362,7 +362,7 @@ def load_pipeline(model: str, device="cpu"):
     except Exception as error:                 # whatever a library finds wrong with a folder
         raise UserError(f"--model {model}: no usable folder, nor to be had from the hub; --preset "
                         f"toy needs no network ({str(error)[:200]})") from None
-    pipeline.vae.to(memory_format=torch.channels_last)
+    pipeline.vae.to(memory_format=torch.channels_last)           # convolutions are faster so
     return pipeline.to(device)                 # in eval mode, as `from_pretrained` leaves it
 
 @torch.no_grad()

@@ -190,10 +190,6 @@ def spread(values: list[float], sign: str = "+") -> str:
         return f"{mean:{sign}.2f}"
     return f"{mean:{sign}.2f} ± {stats.t.ppf(0.975, len(values) - 1) * stats.sem(values):.2f}"
 
-def interval(cell: dict) -> str:
-    """A figure with its interval."""
-    return "{value:.2f} [{low:.2f}, {high:.2f}]".format(**cell)
-
 def table(head: list[str], lines: list[list[str]]) -> str:
     """A table in Markdown."""
     return "\n".join("| " + " | ".join(cells) + " |"
