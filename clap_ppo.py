@@ -210,7 +210,7 @@ WARMUP_UPDATES = 10        # Adam's first steps have size lr in every weight, so
 MAX_GRAD_NORM = 1.0        # an emergency brake: healthy norms are a hundred times smaller
 EMA_DECAY = 0.9            # per epoch: what is kept averages the last ten or so
 EVAL_EVERY = 25            # epochs between looks at the held-out prompts, and between snapshots
-EVAL_NOISES = 4            # clips of each held-out prompt: of a single one, too much is luck
+EVAL_NOISES = 2            # clips of each held-out prompt, from the same noises at each look
 
 class UserError(ValueError):
     """A mistake of the caller's or of the environment: printed as one line, exit code 2."""
