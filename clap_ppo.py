@@ -1,8 +1,20 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.11,<2.15", "torchaudio>=2.11,<2.12", "torchvision>=0.26,<0.29.2",
+#     "diffusers>=0.41,<0.43", "transformers>=5.17,<6", "laion-clap==1.1.7", "peft>=0.21,<0.22",
+#     "accelerate>=1.10", "soundfile>=0.12", "matplotlib>=3.8", "tqdm>=4.66",
+# ]
+# [tool.uv]
+# override-dependencies = ["numpy>=2"]   # laion-clap's numpy<2 has no wheels for Python 3.13
+# ///
 """Fine-tune a text-to-audio diffusion model with PPO, so that you hear what you asked for.
 
     python clap_ppo.py --prompts samples/prompts.txt                      # bundled toy model, CPU
     python clap_ppo.py --prompts prompts.txt --preset audioldm            # a real model, one GPU
     python clap_ppo.py --resume runs/NAME                                 # go on where it stopped
+
+`uv run` in place of `python` installs what the script needs, on any Python from 3.11 on.
 
 A diffusion model turns noise x_T into a clip x_0 in T denoising steps. DDIM with noise makes each
 step a draw from a Gaussian, x_{t-1} ~ N(mean(x_t, prompt), sigma_t^2), so the sampler is a
@@ -230,7 +242,7 @@ class Config:
     model: str = option("samples/toy/pipeline", "AudioLDM or AudioLDM2 pipeline: folder or hub id")
     clap: str = option("samples/toy/clap.pt", "the reward, a laion-clap file, or OWNER/REPO/FILE")
     # the policy and its rollouts
-    seconds: float = option(2.56, "length of a clip", 0.1, 60)
+    seconds: float = option(2.56, "length of a clip; CLAP hears 10 s", 0.1, 10)
     num_steps: int = option(10, "T, denoising steps per clip, usually 10 to 50", 2, 999)
     noise_window: int = option(1, "consecutive noisy steps per clip; T or more: all", 1, 999)
     noise_until: float = option(0.3, "they lie in this first part of the steps", 1e-3, 1)
@@ -556,9 +568,10 @@ def load_clap(checkpoint: str, tokenizer, device="cpu") -> torch.nn.Module:
     official = "HTSAT-base" if music else "HTSAT-tiny"
     clap = build_clap(json.loads(beside.read_text()) if beside.exists() else official)
     # A .pt file is a program. Besides weights the official ones hold a numpy scalar and the command
-    # line of their training: these types are let in, the scalar under the name numpy 1 gave it.
-    allowed = [(np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"), np.dtype,
-               np.dtypes.Float64DType, argparse.Namespace]
+    # line of their training: these types are let in, the scalar by its names in numpy 1 and 2.
+    scalar = np.float64(0).__reduce__()[0]
+    allowed = [*((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+               np.dtype, np.dtypes.Float64DType, argparse.Namespace]
     try:
         with torch.serialization.safe_globals(allowed):
             state = torch.load(path, map_location="cpu", weights_only=True)
