@@ -601,7 +601,7 @@ def clap_reward(clap, waveforms: Tensor, sample_rate: int, prompts: list[str]) -
     # zeros. Of longer ones the package takes a random part, so that one clip scores differently
     # from call to call; the beginning is as good, and always the same.
     length, rate, audio = clap.audio_cfg.clip_samples, clap.audio_cfg.sample_rate, []
-    for x in progress(waveforms.split(32), "CLAP"):
+    for x in progress(waveforms.split(16), "CLAP"):
         x = x.float().clamp(-1, 1).to(clap.logit_scale_a.device)
         x = torchaudio.functional.resample(x, sample_rate, rate)
         x = x.repeat(1, max(1, length // x.shape[1]))[:, :length]
