@@ -357,12 +357,10 @@ FAULTS = ["dropout", "step", "halves", "weights"]
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_broken_replay_stops_the_run_in_any_precision(world, fault, dtype):
+    """Rounding does not stop it."""
+    assert replay_broken(world, "none", dtype)["ratio_error"] <= {"float32": 1e-6}.get(dtype, 1e-3)
     with pytest.raises(UserError, match="on-policy check.*dropout.*other timesteps"):
         replay_broken(world, fault, dtype)
-
-@pytest.mark.parametrize("dtype, bound", [("float32", 1e-6), ("bfloat16", 1e-3)])
-def test_rounding_stops_no_run(world, dtype, bound):
-    assert replay_broken(world, "none", dtype)["ratio_error"] <= bound
 
 def test_in_half_precision_single_rows_may_be_off_but_not_most():
     """Other batch shapes pick other kernels: one row of 64 may be off by twice the clip range."""
@@ -421,20 +419,22 @@ def test_each_clip_is_scored_against_its_own_prompt_alone_or_in_a_batch(clap):
             cosine = torch.cosine_similarity(text, clap.audio_projection(sound)[0], dim=0)
         assert reward.item() == pytest.approx(cosine.item(), abs=1e-5)
 
+def save_as_official(file: Path, model, change=lambda state: None, **more):
+    """A CLAP checkpoint as the official ones were written: by a DataParallel training, an older
+    transformers (position_ids), with a numpy scalar and the command line's Namespace."""
+    state = {f"module.{k}": v for k, v in model.state_dict().items()}
+    state["module.text_branch.embeddings.position_ids"] = torch.arange(10)[None]
+    change(state)
+    torch.save({"epoch": 7, "name": "official", "best": np.float64(0.5), "state_dict": state,
+                "args": argparse.Namespace(lr=0.1), **more}, file)
+
 @pytest.fixture
 def checkpoint(tmp_path):
-    """Writes a CLAP checkpoint as the official ones were written: by a DataParallel training, an
-    older transformers (position_ids), with a numpy scalar and the command line's Namespace."""
-    sizes = (TOY / "clap.json").read_text()
-    model = clap_ppo.build_clap(json.loads(sizes))
+    model = clap_ppo.build_clap(json.loads((TOY / "clap.json").read_text()))
+    shutil.copy(TOY / "clap.json", tmp_path)
 
-    def write(change=lambda state: None, **more):
-        state = {f"module.{k}": v for k, v in model.state_dict().items()}
-        state["module.text_branch.embeddings.position_ids"] = torch.arange(10)[None]
-        change(state)
-        torch.save({"epoch": 7, "name": "official", "best": np.float64(0.5), "state_dict": state,
-                    "args": argparse.Namespace(lr=0.1), **more}, tmp_path / "clap.pt")
-        (tmp_path / "clap.json").write_text(sizes)
+    def write(*change, **more):
+        save_as_official(tmp_path / "clap.pt", model, *change, **more)
         return str(tmp_path / "clap.pt"), model.state_dict()
 
     return write
@@ -916,21 +916,17 @@ GOOD = ["--prompts", "good.txt", *TINY]
     (["--prompts", "empty.txt"], "empty.txt: no prompt in it"),
     (["--prompts", "latin.txt"], "latin.txt: 'utf-8' codec.*samples/prompts.txt"),
     ([*GOOD, "--eval-prompts", "same.txt"], "'snoring' is a training prompt.*same.txt: remove one"),
-    ([*GOOD, "--micro-batch", "0"], "--micro-batch 0: use 1 to 10000"),
     ([*GOOD, "--clips-per-prompt", "1"], "--clips-per-prompt 1: use 2 to 1000"),
     ([*GOOD, "--seconds", "12"], "--seconds 12.0: use 0.1 to 10"),
-    ([*GOOD, "--num-steps", "1000"], "--num-steps 1000: use 2 to 999"),
     ([*GOOD, "--learning-rate", "nan"], "--learning-rate nan: use 1e-09 to 1"),
     ([*GOOD, "--preset", "musicgen"], "--preset musicgen: use toy or audioldm or audioldm2"),
     ([*GOOD, "--device", "mps"], "--device mps: use auto or cpu"),
     ([*GOOD, "--noise-window", "two"], "--noise-window: invalid int value: 'two'"),
     ([*GOOD, "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
-    ([*GOOD, "--model", "nothing"], "--model nothing: no usable folder"),
     ([*GOOD, "--model", "nobody/has-this"], "--model nobody/has-this: .*--preset toy"),
     ([*GOOD, "--model", "music"], "a MusicLDMPipeline is not supported"),
     ([*GOOD, "--model", "clipping"], "its scheduler is not plain DDIM"),
     ([*GOOD, "--model", "pickled"], "--model pickled: no usable folder"),
-    ([*GOOD, "--clap", "nowhere.pt"], "--clap nowhere.pt: no file, nor on the hub"),
     ([*GOOD, "--clap", "nobody/repo/x.pt"], "--clap nobody/repo/x.pt: no file, nor on the hub"),
     ([*GOOD, "--clap", "good.txt"], "--clap good.txt: damaged"),
     ([*GOOD, "--out", "run"], "--out run: exists; .*--resume run"),
@@ -1129,7 +1125,8 @@ def test_the_judge_hears_what_the_run_played(finished_run):
     """The same clips, so the same rewards; at guidance 1 others; the last snapshot is the tuned
     model, and the best of n the more rewarded the larger n."""
     run = finished_run.folder
-    flags = ["--judge", str(TOY / "judge"), "--guidance", "1", "--best-of", "1", "4", "--snapshots"]
+    flags = ["--judge", str(TOY / "judge"), "--guidance", "1", "--best-of", "1", "4", "--snapshots",
+             "--noises", str(clap_ppo.EVAL_NOISES)]
     assert evaluate.main([str(run), *flags]) == 0
     found = json.loads((run / "evaluation.json").read_text())
     for side, shown in zip(("base", "tuned"), re.search(r"reward (\S+) -> (\S+),",
@@ -1287,11 +1284,8 @@ def small_audioldm2(folder: Path) -> None:
 def real_checkpoint(tmp_path_factory):
     """A full-size HTSAT-tiny + RoBERTa checkpoint with random weights, as LAION wrote its own."""
     torch.manual_seed(0)
-    state = {f"module.{k}": v for k, v in clap_ppo.build_clap("HTSAT-tiny").state_dict().items()}
-    state["module.text_branch.embeddings.position_ids"] = torch.arange(514)[None]
     file = tmp_path_factory.mktemp("clap") / "630k-audioset-best.pt"
-    torch.save({"epoch": 7, "name": "official", "state_dict": state, "loss": np.float64(0.5),
-                "args": argparse.Namespace(lr=0.1)}, file)
+    save_as_official(file, clap_ppo.build_clap("HTSAT-tiny"))
     yield file
     file.unlink()
 
@@ -1309,7 +1303,7 @@ def test_real_architectures_run_from_their_folders(
     monkeypatch.setattr(clap_ppo, "EVAL_NOISES", 1)
     flags = ["--prompts", prompt_file, "--preset", family, "--model", tmp_path / "model", "--clap",
              real_checkpoint, *TINY, "--dtype", dtype, "--seconds", "2.56", "--learning-rate",
-             "0.02", "--noise-until", "0.4", "--clip-range", "1e-5"]        # x 16: 1.6e-4 for D = 1,024
+             "0.02", "--noise-until", "0.4", "--clip-range", "1e-5"]  # x 16 for D = 1,024
     assert run_main(capsys, *flags, "--epochs", 2, "--out", tmp_path / "run")[0] == 0
     adapter, rows, _ = results(tmp_path / "run")
     for row in rows:

@@ -1,26 +1,27 @@
 """What an epoch costs, and how much of it is not the networks' own time.
 
     python samples/bench.py                                        # the toy, as a run uses it
-    python samples/bench.py --preset audioldm                      # the real architecture
     python samples/bench.py --preset audioldm2 --micro-batches 4 8 16
 
-Real architectures are built at full size from their configurations with random weights: speed and
-memory do not depend on what the weights are, so nothing is downloaded. Prompts are random vectors.
-Per micro-batch, one epoch after a warm-up: seconds of each phase, the share of the epoch that the
-same U-Net, decoder and CLAP calls take alone ("overhead" is the epoch over that), clips per second
-and peak memory. All in one process; compare ratios rather than seconds between machines.
+Real architectures are built at full size with random weights and prompts: nothing is downloaded.
+Per micro-batch, after a warm-up: seconds of an epoch of `clap_ppo.train`, those within each network,
+"overhead", which is the epoch over their sum, and peak memory.
 """
 
 import argparse
 import functools
+import io
 import json
 import math
 import resource
 import sys
 import time
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
@@ -34,10 +35,7 @@ LEVELS = dict(down_block_types=["DownBlock2D"] + 3 * ["CrossAttnDownBlock2D"],
 
 
 def build_pipeline(preset: str, prompts: int, device) -> tuple[SimpleNamespace, dict]:
-    """The parts of a full-size pipeline that an epoch uses, and the conditions of random prompts.
-
-    Parameters: AudioLDM (s-full-v2) 185 M, AudioLDM2 347 M in the U-Net, as published.
-    """
+    """The parts of a full-size pipeline that an epoch uses, and the conditions of random prompts."""
     import diffusers
     from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
     torch.manual_seed(0)
@@ -83,9 +81,8 @@ def build_world(cfg: clap_ppo.Config) -> clap_ppo.World:
     device = torch.device("cuda" if cfg.device == "auto" and torch.cuda.is_available() else "cpu")
     prompts = [f"prompt {i}" for i in range(64)]
     pipeline, condition = build_pipeline(cfg.preset, len(prompts), device)
-    clap = clap_ppo.build_clap("HTSAT-tiny").to(device)
-    clap.tokenizer = lambda prompts, **_: {"input_ids": torch.randint(3, 50000, (1, 77)),
-                                           "attention_mask": torch.ones(1, 77, dtype=torch.int64)}
+    clap, ones = clap_ppo.build_clap("HTSAT-tiny").to(device), torch.ones(1, 77, dtype=torch.int64)
+    clap.tokenizer = lambda prompts, **_: {"input_ids": 9 * ones, "attention_mask": ones}
     unet = clap_ppo.add_lora(pipeline.unet, cfg.lora_rank)
     optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad])
     return clap_ppo.World(
@@ -96,67 +93,40 @@ def build_world(cfg: clap_ppo.Config) -> clap_ppo.World:
         latent_shape=(8, math.ceil(cfg.seconds * 25), 16), device=device)
 
 
-def now(device) -> float:
-    """Seconds, after all that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def epoch(world, number: int) -> float:
+    """Seconds of one epoch of `clap_ppo.train`."""
+    world.cfg = replace(world.cfg, epochs=number + 1)
+    state = {"epoch": number, "metrics": [], "ema": {}}
+    with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        clap_ppo.train(world, Path(folder), state)
+    return state["metrics"][0]["seconds"]
 
 
-class Calls:
-    """Counts the calls of a module by batch shape and gradient, to repeat them alone."""
+def network_seconds(world) -> tuple[float, dict[str, float]]:
+    """Seconds of an epoch, and those of them spent within each network and in the gradient."""
+    seconds, places = {}, {
+        "U-Net": (world.unet, "forward"), "VAE": (world.pipeline.vae, "decode"),
+        "vocoder": (world.pipeline.vocoder, "forward"), "CLAP": (world.clap, "encode_audio"),
+        "gradient": (torch.Tensor, "backward")}
 
-    def __init__(self, module: torch.nn.Module):
-        self.module, self.seen, self.real = module, {}, module.forward
-        module.forward = self.forward
+    def now():
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()           # after all that was asked of the device is done
+        return time.perf_counter()
 
-    def forward(self, *args, **kwargs):
-        first = args[0]["waveform"] if isinstance(args[0], dict) else args[0]
-        key = tuple(first.shape), torch.is_grad_enabled()
-        count, _ = self.seen.get(key, (0, None))
-        self.seen[key] = count + 1, (args, kwargs)
-        return self.real(*args, **kwargs)
+    def timed(name, function):
+        def call(*args, **kwargs):
+            began = now()
+            result = function(*args, **kwargs)
+            seconds[name] = seconds.get(name, 0) + now() - began
+            return result
+        return call
 
-    def alone(self, device, dtype) -> float:
-        """Seconds that the counted calls take in a bare loop, gradients included."""
-        self.module.forward, total = self.real, 0.0
-        for (_, grad), (count, (args, kwargs)) in self.seen.items():
-            times = []
-            for _ in range(4):
-                began = now(device)
-                with (torch.set_grad_enabled(grad),
-                      torch.autocast(device.type, dtype, enabled=dtype != torch.float32)):
-                    output = self.real(*args, **kwargs)
-                if grad:
-                    output.sample.float().square().mean().backward()
-                    self.module.zero_grad(set_to_none=True)
-                times.append(now(device) - began)
-            total += count * min(times[1:])
-        return total
-
-
-def epoch(world, generator: torch.Generator) -> dict[str, float]:
-    """Seconds of each phase of one epoch."""
-    cfg, device = world.cfg, world.device
-    times, began = {}, now(device)
-
-    def lap(name):
-        nonlocal began
-        times[name], began = now(device) - began, now(device)
-
-    prompt_ids, starts = clap_ppo.choose_prompts(world, generator)
-    latents, rows = clap_ppo.rollout(world, prompt_ids, starts, generator)
-    lap("rollout")
-    waveforms = clap_ppo.decode(world.pipeline, latents, cfg.seconds)
-    lap("decode")
-    asked = [world.train[i] for i in prompt_ids.tolist() for _ in range(cfg.clips_per_prompt)]
-    world.reward(waveforms, 16000, asked)
-    lap("reward")
-    rewards = torch.randn(len(prompt_ids), cfg.clips_per_prompt, generator=generator)
-    advantages = clap_ppo.group_advantages(rewards).flatten().to(device)  # random CLAP: all alike
-    clap_ppo.update(world, {**rows, "advantage": advantages[rows["clip"]]}, generator)
-    lap("update")
-    return times
+    with ExitStack() as stack:
+        for name, (owner, method) in places.items():
+            call = timed(name, getattr(owner, method))
+            stack.enter_context(mock.patch.object(owner, method, call))
+        return epoch(world, 1), seconds
 
 
 def main() -> None:
@@ -165,40 +135,30 @@ def main() -> None:
     parser.add_argument("--preset", choices=["toy", *clap_ppo.PRESETS], default="toy")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=None)
     parser.add_argument("--save", default="", help="a file to which each line is added as JSON")
-    parser.add_argument("flags", nargs="*", help="flags of clap_ppo.py after --, such as "
-                        "-- --dtype float16 --clips-per-prompt 8")
+    parser.add_argument("flags", nargs="*", help="flags of clap_ppo.py, after --")
     args = parser.parse_args()
     prompts = str(Path(clap_ppo.__file__).parent / "samples/prompts.txt")
     cfg, _ = clap_ppo.parse_args(["--prompts", prompts, "--preset", args.preset, *args.flags])
     world = build_world(cfg)
-    cuda, dtype = world.device.type == "cuda", getattr(torch, cfg.dtype)
-    name = (torch.cuda.get_device_name(world.device) if cuda else
-            f"CPU, {torch.get_num_threads()} threads")
-    size = sum(p.numel() for p in world.unet.parameters() if not p.requires_grad)
-    clips = cfg.prompts_per_epoch * cfg.clips_per_prompt
-    print(f"{args.preset} on {name}: U-Net {size / 1e6:.0f} M, {cfg.dtype}, T = {cfg.num_steps}, "
-          f"window {cfg.noise_window}, {clips} clips per epoch", flush=True)
+    cuda, clips = world.device.type == "cuda", cfg.prompts_per_epoch * cfg.clips_per_prompt
+    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{args.preset} on {name}: {cfg.dtype}, T = {cfg.num_steps}, {clips} clips", flush=True)
     for micro_batch in args.micro_batches or [cfg.micro_batch]:
         world.cfg = replace(cfg, micro_batch=micro_batch)
-        epoch(world, torch.Generator().manual_seed(0))                       # warm-up
+        epoch(world, 0)                                                      # warm-up
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        counted = [Calls(m) for m in (world.unet.base_model.model, world.pipeline.vae.decoder,
-                                      world.pipeline.vocoder, world.clap.audio_branch)]
-        times = epoch(world, torch.Generator().manual_seed(1))
+        total, within = network_seconds(world)
         peak = (torch.cuda.max_memory_allocated() if cuda else
                 resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 30
-        alone = sum(calls.alone(world.device, dtype if calls is counted[0] else torch.float32)
-                    for calls in counted)
-        total = sum(times.values())
-        phases = "  ".join(f"{phase} {seconds:.2f} s" for phase, seconds in times.items())
-        print(f"micro-batch {micro_batch:>3}: epoch {total:.2f} s  ({phases})  overhead "
-              f"{total / alone:.3f}  {clips / total:.1f} clips/s  peak {peak:.1f} GiB", flush=True)
+        row = {"name": "bench", "seed": 0, "preset": args.preset, "device": name,
+               "micro_batch": micro_batch, "clips": clips, "seconds": total,
+               "overhead": round(total / sum(within.values()), 3), "peak_gib": round(peak, 2),
+               "flags": " ".join(args.flags)}
+        parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in within.items())
+        print(f"micro-batch {micro_batch:>3}: epoch {total:.2f} s ({parts})  overhead "
+              f"{row['overhead']}  {clips / total:.1f} clips/s  peak {peak:.1f} GiB", flush=True)
         if args.save:
-            row = {"name": "bench", "seed": 0, "preset": args.preset, "device": name,
-                   "micro_batch": micro_batch, "clips": clips, "seconds": round(total, 2),
-                   "overhead": round(total / alone, 3), "peak_gib": round(peak, 2),
-                   "flags": " ".join(args.flags)}
             with open(args.save, "a") as file:
                 file.write(json.dumps(row) + "\n")
 
