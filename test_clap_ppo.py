@@ -829,12 +829,6 @@ def test_a_run_cut_at_any_moment_resumes_to_the_same_bytes(
     assert run_main(capsys, "--resume", run)[0] == 0
     assert results(run) == straight_run
 
-def test_a_seed_makes_a_run_and_another_seed_another(run_flags, straight_run, tmp_path, capsys):
-    """Equal bytes also in one process, where torch's own generator has moved on."""
-    for seed, same in ((0, True), (1, False)):
-        assert run_main(capsys, *run_flags, "--seed", seed, "--out", tmp_path / str(seed))[0] == 0
-        assert (results(tmp_path / str(seed))[0] == straight_run[0]) is same
-
 @pytest.mark.slow
 def test_a_killed_process_resumes_to_the_same_bytes(run_flags, straight_run, tmp_path):
     """SIGKILL, which no program can catch, after each of four waits."""
@@ -919,7 +913,6 @@ GOOD = ["--prompts", "good.txt", *TINY]
     ([*GOOD, "--clips-per-prompt", "1"], "--clips-per-prompt 1: use 2 to 1000"),
     ([*GOOD, "--seconds", "12"], "--seconds 12.0: use 0.1 to 10"),
     ([*GOOD, "--learning-rate", "nan"], "--learning-rate nan: use 1e-09 to 1"),
-    ([*GOOD, "--preset", "musicgen"], "--preset musicgen: use toy or audioldm or audioldm2"),
     ([*GOOD, "--device", "mps"], "--device mps: use auto or cpu"),
     ([*GOOD, "--noise-window", "two"], "--noise-window: invalid int value: 'two'"),
     ([*GOOD, "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
@@ -932,7 +925,6 @@ GOOD = ["--prompts", "good.txt", *TINY]
     ([*GOOD, "--out", "run"], "--out run: exists; .*--resume run"),
     (["--resume", "nowhere"], "--resume nowhere: not a run.*No such file"),
     (["--resume", "run", "--seed", "5", "--lora-rank", "1"], "lora_rank and seed cannot change"),
-    (["--resume", "run", "--epochs", "0"], "--epochs 0: use 1 to"),
     (["--resume", "broken"], "--resume broken: not a run"),
     (["--resume", "old"], "--resume old: not a run.*eta"),
     (["--resume", "odd"], "--resume odd: not a run"),
@@ -963,7 +955,6 @@ def test_a_single_prompt_trains_and_is_played_itself(tmp_path, capsys):
     assert clap_ppo.main([str(flag) for flag in flags]) == 0
     out = capsys.readouterr().out
     assert "1 training, 0 held-out prompts" in out and "training prompts: reward" in out
-    assert "snoring" in (tmp_path / "run/index.html").read_text()
 
 def test_what_the_model_cannot_take_in_is_said_before_the_run(world, capsys):
     """The part of a prompt that is cut, and words that the toy never heard."""
@@ -1102,7 +1093,6 @@ def test_best_of_n_takes_the_clip_that_the_reward_likes_best():
     best = evaluate.best_of(make_clips(judge, reward), 2)
     torch.testing.assert_close(best.reward, torch.tensor([[0.9, 0.6], [0.8, 0.4]]))
     assert torch.equal(best.judge, torch.stack([judge[0, [1, 3]], judge[1, [0, 3]]]))
-    assert evaluate.best_of(make_clips(judge, reward), 4).waveforms.shape == (2, 1, 100)
 
 def test_intervals_have_their_published_values():
     for successes, n, low, high in ((0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (35, 50, 0.56, 0.81)):
