@@ -4,7 +4,7 @@
     python samples/bench.py --preset audioldm2 --micro-batches 4 8 16
 
 Real architectures are built at full size with random weights and prompts: nothing is downloaded.
-Per micro-batch, after a warm-up: seconds of an epoch of `clap_ppo.train`, those within each network,
+Per micro-batch, after a warm-up: seconds of an epoch of `clap_ppo.train`, those in each network,
 "overhead", which is the epoch over their sum, and peak memory.
 """
 
@@ -35,7 +35,7 @@ LEVELS = dict(down_block_types=["DownBlock2D"] + 3 * ["CrossAttnDownBlock2D"],
 
 
 def build_pipeline(preset: str, prompts: int, device) -> tuple[SimpleNamespace, dict]:
-    """The parts of a full-size pipeline that an epoch uses, and the conditions of random prompts."""
+    """The parts of a full-size pipeline that an epoch uses, and conditions of random prompts."""
     import diffusers
     from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
     torch.manual_seed(0)

@@ -67,7 +67,7 @@ class Clips(NamedTuple):
 @torch.no_grad()
 def make_clips(world, judge, adapter: dict[str, Tensor], n: int, guidance: float | None = None,
                seed: int | None = None) -> Clips:
-    """Clips of the prompts that `clap_ppo.play` plays, with its noise for n = `EVAL_NOISES` and no seed."""
+    """Clips of the prompts that `clap_ppo.play` plays; without a seed, its noise if n is too."""
     cfg = replace(world.cfg, eval_guidance=guidance or world.cfg.eval_guidance)
     world = clap_ppo.World(**{**vars(world), "cfg": cfg})
     world.unet.load_state_dict(adapter, strict=False)
