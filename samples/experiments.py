@@ -229,7 +229,8 @@ def ablation_table(rows: list[dict]) -> str:
             alike = all(r["base"] == reference[r["seed"]]["base"] for r in runs)
             against = [r["tuned"]["judge_score"]["value"]
                        - reference[r["seed"]]["tuned"]["judge_score"]["value"] for r in runs]
-            lines.append([title, f"{base:.2f} → {tuned:.2f}", spread(against) if alike and name != "short" else ""])
+            lines.append([title, f"{base:.2f} → {tuned:.2f}",
+                          spread(against) if alike and name != "short" else ""])
     return table(["changed", "recognition", "judge score against the defaults"], lines)
 
 def long_table(rows: list[dict], epochs=(100, 200, 300, 400, 600, 800, 1000)) -> str:
