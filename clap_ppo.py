@@ -1,30 +1,30 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch>=2.11,<2.15", "torchaudio>=2.11,<2.12", "torchvision>=0.26,<0.29.2",
+#     "torch>=2.11,<2.15", "torchaudio>=2.11,<2.12", "torchvision>=0.26,<0.29.2", "tqdm>=4.66",
 #     "diffusers>=0.41,<0.43", "transformers>=5.17,<6", "laion-clap==1.1.7", "peft>=0.21,<0.22",
-#     "accelerate>=1.10", "soundfile>=0.12", "matplotlib>=3.8", "tqdm>=4.66",
+#     "accelerate>=1.10", "soundfile>=0.12", "matplotlib>=3.8",
 # ]
 # [tool.uv]
 # override-dependencies = ["numpy>=2"]   # laion-clap's numpy<2 has no wheels for Python 3.13
 # ///
 r"""Fine-tune a text-to-audio diffusion model with PPO, so that you hear what you asked for.
 
-    python clap_ppo.py --prompts samples/prompts.txt              # the bundled toy model, on a CPU
-    python clap_ppo.py --resume runs/seed-0                       # go on where that run stopped
+    python clap_ppo.py --prompts samples/prompts.txt  # the bundled toy model, on a CPU
+    python clap_ppo.py --resume runs/seed-0  # go on where that run stopped
     python clap_ppo.py --prompts prompts.txt --model cvssp/audioldm2 --eval-guidance 3.5 \
         --clap lukewys/laion_clap/630k-audioset-best.pt --seconds 5.12 --num-steps 20 \
-        --learning-rate 1e-4 --micro-batch 8                      # a real model, on one GPU
+        --learning-rate 1e-4 --micro-batch 8  # a real model, on one GPU
 
 `uv run` in place of `python` first installs what the script needs.
 
 A diffusion model turns noise x_T into a clip x_0 in T denoising steps. Its x are latents: small
 tensors into which an autoencoder packs a mel spectrogram (loudness by time and pitch), from which a
 vocoder makes sound. DDIM with noise makes each step a draw from a Gaussian, x_{t-1} ~ N(mean(x_t,
-prompt), sigma_t^2). So the sampler is a stochastic policy, a step is its action, and the
-probability of every action is known exactly: all that policy gradients need. The reward comes once,
-at the end: CLAP, two networks trained to embed a sound and its caption alike, tells how similar
-clip and prompt are. One epoch:
+prompt), sigma_t^2). So the sampler is a stochastic policy, a step its action, and the probability
+of an action is known: all that policy gradients need. The reward comes at the end: CLAP, two
+networks trained to embed a sound and its caption alike, says how similar clip and prompt are.
+One epoch:
 
     STEP 1  choose P prompts, and for each the step (or the few steps) in which noise is added
     STEP 2  roll out K clips per prompt; keep x_t and x_{t-1} of the noisy steps
@@ -33,20 +33,15 @@ clip and prompt are. One epoch:
     STEP 5  clipped PPO on the shuffled table of (clip, step) rows
     STEP 6  log and checkpoint; every few epochs, score plain DDIM clips of held-out prompts
 
-Part I is the method, from one denoising step to the loop, in the order in which it is best read.
-Part II is what the method needs: prompts, model, CLAP, files, flags.
-
-Notation: latents = x_t (B, C, H, W), alpha_bar_t = the cumulative product of DDPM (DDIM's paper
-writes alpha_t), P prompts, K clips per prompt, B = P * K clips, T steps, R rows of the table,
-D = C * H * W latent elements.
+Part I is the method, from one denoising step to the loop; part II what it needs. Notation: latents
+= x_t (B, C, H, W), alpha_bar_t = the cumulative product of DDPM (DDIM's paper writes alpha_t),
+P prompts, K clips per prompt, B = P * K, T steps, R rows of the table, D = C * H * W elements.
 
 Where this differs from DDPO (Black et al. 2023), and why:
-    1. The K clips of a prompt start from one noise x_T. The policy does not choose x_T, so its luck
-       need not enter the advantage.
+    1. The K clips of a prompt start from one x_T: its luck need not enter the advantage.
     2. Noise is added in one early step, where it is decided which sounds there will be; the others
-       are plain DDIM. So the clips of a group differ by one action, whose x_t they share, and the
-       U-Net answers once for all of them. The textbook policy is the same code with
-       `--noise-window 10 --noise-until 1 --starting-noise own`.
+       are plain DDIM. So the clips of a group differ by one action, whose x_t they share: the U-Net
+       answers once for all. Textbook: `--noise-window 10 --noise-until 1 --starting-noise own`.
     3. Advantages use the statistics of this epoch's K clips of the prompt, no running buffer.
     4. The policy is trained without classifier-free guidance, at half the cost.
     5. The last step is sampled but not trained: its sigma is so small that its log-prob is noise.
@@ -80,11 +75,9 @@ from tqdm import tqdm
 
 # ################################### Part I: the method ###################################
 # ==== 1. A denoising step is a Gaussian (sections 1 and 2 need torch only: copy them) ====
-def ddim_schedule(scheduler, num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """T denoising steps, most noise first: timesteps (T,), alpha_bar_t and alpha_bar_prev.
-
-    timesteps (int64) are what the network is told; alpha_bar_t and alpha_bar_prev, (T, 1, 1, 1) to
-    scale latents, are the shares of signal power in x_t and x_{t-1}. scheduler: diffusers' DDIM.
+def ddim_schedule(scheduler, num_steps: int) -> tuple:
+    """T steps of diffusers' DDIM scheduler, most noise first: timesteps (T,) for the network;
+    alpha_bar_t, alpha_bar_prev (T, 1, 1, 1), the shares of signal power in x_t and x_{t-1}.
     """
     scheduler.set_timesteps(num_steps)  # its spacing, steps_offset, set_alpha_to_one count
     timesteps = scheduler.timesteps.cpu().long()
@@ -124,51 +117,47 @@ def ddim_mean(noise_pred: Tensor, latents: Tensor, alpha_bar_t: Tensor, alpha_ba
 def gaussian_log_prob(x: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
     """Log-density (B,) of x under N(mean, sigma^2), in nats (natural log) per latent element.
 
+    x, mean (B, ...) float32; sigma a scalar or (B, 1, ...), above 0. Here it is -log(2 pi) / 2:
     >>> gaussian_log_prob(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor(1.0))
     tensor([-0.9189])
-
-    That is -log(2 pi) / 2. x, mean (B, ...) float32; sigma a scalar or (B, 1, ...), above 0.
     """
-    if not (sigma > 0).all():           # what plain DDIM does has no density, only certainty
+    if not (sigma > 0).all():  # what plain DDIM does has no density, only certainty
         raise ValueError("sigma is 0 (eta 0, or the last step with set_alpha_to_one)")
     # log N = -(x - mean)^2 / (2 sigma^2) - log sigma - log(2 pi) / 2, for each element
     log_prob = -((x - mean) ** 2) / (2 * sigma ** 2) - sigma.log() - 0.5 * math.log(2 * math.pi)
     # The mean over the D elements, not their sum. A sum grows with D, 1,024 for the toy's clips and
     # 16,384 for AudioLDM's of 5.12 s, and with it what a clip range means. exp(difference of means)
     # is the D-th root of the true ratio: GSPO's length-normalised ratio (Zheng et al. 2025).
-    return log_prob.flatten(1).mean(dim=1)
+    return log_prob.flatten(1).mean(1)
 
 def gaussian_kl(mean: Tensor, mean_base: Tensor, sigma: Tensor) -> Tensor:
     """KL (B,) of two Gaussians of equal sigma, in nats per latent element; arguments as above."""
     # ||mean - mean_base||^2 / (2 sigma^2): exact, where approx_kl below is an estimate.
-    return ((mean - mean_base) ** 2 / (2 * sigma ** 2)).flatten(1).mean(dim=1)
+    return ((mean - mean_base) ** 2 / (2 * sigma ** 2)).flatten(1).mean(1)
 
 # ==== 2. Advantage and loss ====
 def group_advantages(rewards: Tensor, floor: float = 0.1) -> Tensor:
     """How much better each clip is than the other clips of its prompt, in standard deviations.
 
+    (P, K) rewards of K clips for each of P prompts -> (P, K); smaller deviations count as `floor`.
     >>> group_advantages(torch.tensor([[1, 2, 3], [7, 7, 7]]))
     tensor([[-1.2247,  0.0000,  1.2247],
             [ 0.0000,  0.0000,  0.0000]])
-
-    (P, K) rewards of K >= 2 clips for each of P prompts -> (P, K) float32. A deviation below
-    `floor` counts as `floor`, in units of the reward.
     """
     # Among the clips of one prompt, since prompts differ in difficulty by more than their clips do:
     # with one mean for all, whatever an easy prompt gave would be reinforced, bad clips included.
     # (PPO for games trains a second network, the critic, to guess this mean.)
-    centred = rewards - rewards.float().mean(dim=1, keepdim=True)       # (P, K) - (P, 1)
-    std = centred.square().mean(dim=1, keepdim=True).sqrt()             # of these K, not K - 1
+    centred = rewards - rewards.float().mean(dim=1, keepdim=True)  # (P, K) - (P, 1)
+    std = centred.square().mean(dim=1, keepdim=True).sqrt()  # of these K, not K - 1
     # Clips that are all nearly alike say little, but divided by a tiny deviation their differences,
     # CLAP's noise, would count as much as those between a right and a wrong clip: hence the floor.
     return centred / std.clamp(min=floor)
 
 def ppo_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor,
-             clip_range: float) -> tuple[Tensor, dict]:
-    """Clipped surrogate loss of PPO (Schulman et al. 2017, Eq. 7), and what to log about it.
+             clip_range: float) -> tuple:
+    """Clipped surrogate loss of PPO (Schulman et al. 2017, Eq. 7), scalar, and a dict to log.
 
-    log_prob, old_log_prob, advantages (B,), log-probs in nats per latent element. Returns a scalar,
-    and {"approx_kl", "clip_fraction"} without gradient.
+    log_prob, old_log_prob, advantages (B,), log-probs in nats per latent element.
     """
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()             # pi_new / pi_old, 1 before the first update
@@ -187,12 +176,12 @@ def ppo_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor,
 
 # ==== 3. Settings ====
 # What nobody needs to turn. What one may want to turn is a field of Config, and so a flag.
-ETA = 1.0               # noise of a noisy step in units of DDPM's; with less, less is explored
-WARMUP_UPDATES = 10     # Adam's first steps have size lr in every weight, so lr rises from 0
+ETA = 1.0               # noise of a noisy step; 1 is DDPM's
+WARMUP_UPDATES = 10     # Adam's first steps are sign steps: lr rises from 0
 MAX_GRAD_NORM = 1.0     # an emergency brake: healthy norms are a hundred times smaller
-REPLAY_LIMIT = 5.0      # clip ranges by which rollout and replay may differ on a GPU
-EVAL_EVERY = 25         # epochs between scores of the held-out prompts, and between snapshots
-EVAL_CLIPS = 2          # clips of each held-out prompt, from the same noises every time
+REPLAY_LIMIT = 0.06     # between rollout and replay on a GPU, times 1 / sqrt(D)
+EVAL_EVERY = 25         # epochs between scores of held-out prompts; snapshots
+EVAL_CLIPS = 2          # clips of each held-out prompt, always of the same noises
 HERE = Path(__file__).resolve().parent
 
 class UserError(ValueError):
@@ -201,34 +190,32 @@ class UserError(ValueError):
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting of a run. A field is a flag, --num-steps 20; `--help` prints this class."""
-    prompts: str = "prompts.txt"      # one training prompt per line; # starts a comment
-    eval_prompts: str = ""            # held-out prompts; else eval_FILE beside it, or a quarter
-    out: str = ""                     # folder of the run, new or empty; else runs/seed-SEED
+    prompts: str = "prompts.txt"    # one training prompt per line; # starts a comment
+    eval_prompts: str = ""          # held-out ones; else eval_FILE, or a quarter
+    out: str = ""                   # folder, new or empty; else runs/seed-SEED
     model: str = f"{HERE}/samples/toy/pipeline"  # AudioLDM or AudioLDM2: folder or hub id
-    clap: str = f"{HERE}/samples/toy/clap.pt"    # laion-clap file, or OWNER/REPO/FILE
-    # the policy and its clips
-    seconds: float = 2.56             # length of a clip; at most 10, CLAP hears no more
-    num_steps: int = 10               # T, denoising steps per clip; usual: 10 to 50
-    noise_window: int = 1             # consecutive noisy steps per clip
-    noise_until: float = 0.3          # they lie in this first part of the steps
-    starting_noise: str = "shared"    # x_T of a prompt's clips: shared, or each its own
-    eval_guidance: float = 2.0        # guidance of the clips that are compared; 1: none
-    # PPO
-    epochs: int = 100                 # rounds of rollout and update
-    prompts_per_epoch: int = 16       # P
-    clips_per_prompt: int = 8         # K, clips compared with each other; at best 8 or more
-    updates_per_epoch: int = 4        # optimiser steps, each on its share of the rows
-    learning_rate: float = 4e-3       # Adam's; 1e-4 is usual for a real model
-    # Roughly how far one epoch may move the policy: where the log-probability of an action changed
-    # by more, its gradient stops. 1e-4 is DDPO's own, a mean over Stable Diffusion's 4 x 64 x 64 =
-    # 16,384 latent elements, so 1.6 nats, a factor of 5, for a whole action. For D elements it is
-    # scaled by 16,384 / D: the toy's 1,024 clip at 1.6e-3. Usual: 1e-5 to 1e-3.
+    clap: str = f"{HERE}/samples/toy/clap.pt"  # laion-clap file, or OWNER/REPO/FILE
+    seconds: float = 2.56           # length of a clip; at most 10, CLAP hears no more
+    num_steps: int = 10             # T, denoising steps per clip; usual: 10 to 50
+    noise_window: int = 1           # consecutive noisy steps per clip
+    noise_until: float = 0.3        # they lie in this first part of the steps
+    starting_noise: str = "shared"  # x_T of a prompt's clips: shared, or each its own
+    eval_guidance: float = 2.0      # guidance of the clips that are compared; 1: none
+    epochs: int = 100               # rounds of rollout and update
+    prompts_per_epoch: int = 16     # P
+    clips_per_prompt: int = 8       # K, compared with each other; 8 or more
+    updates_per_epoch: int = 4      # optimiser steps, each on its share of the rows
+    learning_rate: float = 4e-3     # Adam's; 1e-4 is usual for a real model
+    # Roughly how far one epoch may move the policy: an action whose log-probability moved further
+    # has no gradient. In nats per latent element, for Stable Diffusion's 4 x 64 x 64 = 16,384:
+    # 1e-4, DDPO's own, is 1.6 nats, a factor of 5, for a whole action. It is scaled by 16,384 / D:
+    # the toy's 1,024 elements clip at 1.6e-3. Usual: 1e-5 to 1e-3.
     clip_range: float = 1e-4
-    kl_weight: float = 0.0            # pulls back to the base model; usual: 0 to 0.1
-    lora_rank: int = 8                # rank of the adapter's weight updates
-    micro_batch: int = 128            # rows per network call: memory, never the result
-    dtype: str = "auto"               # of the U-Net: float32, bfloat16, float16; auto: by device
-    seed: int = 0                     # of everything random
+    kl_weight: float = 0.0          # pulls back to the base model; usual: 0 to 0.1
+    lora_rank: int = 8              # rank of the adapter's weight updates
+    micro_batch: int = 128          # rows per network call: memory, never the result
+    dtype: str = "auto"             # of the U-Net: float32, bfloat16, float16
+    seed: int = 0                   # of everything random
 
     def __post_init__(self):
         check_settings(self)
@@ -237,18 +224,19 @@ class Config:
 class Setup:
     """All that a run works with; `load_setup` in part II makes it."""
     cfg: Config
-    prompts: list          # training prompts, then held-out ones; a prompt's id is its place
+    prompts: list          # for training, then held out; its place is a prompt's id
     num_train: int         # how many of them are training prompts
-    condition: dict        # what the U-Net is told: keyword tensors, a row for each prompt id, and
-    #                        then as many rows for the empty prompt, for guidance
+    condition: dict        # what the U-Net is told: keyword tensors, a row for each
+    #                        prompt id, then, for guidance, as many for the empty prompt
     pipeline: object       # the stock diffusers pipeline, whose VAE and vocoder decode
     reward: Callable       # (waveforms (N, samples), sample_rate, prompts) -> (N,)
     reward_name: str
     unet: nn.Module        # the policy: the pipeline's U-Net with an adapter (LoRA)
     optimizer: object      # AdamW on the adapter's weights
-    scaler: object         # torch's GradScaler for a float16 U-Net, else it does nothing
+    scaler: object         # GradScaler of a float16 U-Net; else it does nothing
     schedule: list         # timesteps, alpha_bar_t, alpha_bar_prev, T rows each
     latent_shape: tuple    # (C, H, W)
+    sample_rate: int       # of the waveforms, in Hz
     device: torch.device
     dtype: torch.dtype     # of the U-Net; all else is float32
 
@@ -257,11 +245,11 @@ def take(rows: dict, at: Tensor) -> dict:
     """The rows `at` (indices or a mask) of a table, which is a dictionary of tensors (R, ...)."""
     return {name: column[at] for name, column in rows.items()}
 
-def policy(setup: Setup, rows: dict, eta) -> tuple[Tensor, Tensor]:
+def policy(setup: Setup, rows: dict, eta) -> tuple:
     """The Gaussian of each row's x_{t-1}: mean (R, C, H, W) and sigma (R, 1, 1, 1).
 
-    rows: "latents" x_t (R, C, H, W), "step" (place in the schedule), "prompt_id", "input_id" (R,).
-    eta: a number or (R, 1, 1, 1). Rows of equal input_id have the same x_t, step and prompt.
+    rows: "latents" x_t (R, C, H, W), "step" (place in the schedule), "prompt_id", "input_id" (R,),
+    equal where x_t, step and prompt are. eta: a number or (R, 1, 1, 1).
     """
     # The U-Net is asked once for all rows that would ask it the same: `one_of_each` picks any of
     # them, `back` hands its answer to all. Rollout and update both come through here.
@@ -286,26 +274,23 @@ def randn(setup: Setup, rows: int, generator: torch.Generator) -> Tensor:
     """Noise (rows, C, H, W), drawn on the CPU so that a seed means the same on every device."""
     return torch.randn(rows, *setup.latent_shape, generator=generator).to(setup.device)
 
-def choose_prompts(setup: Setup, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def choose_prompts(setup: Setup, generator: torch.Generator) -> tuple:
     """STEP 1: the ids of P prompts (P,), and the first noisy step (P,) of each one's clips."""
     cfg, P = setup.cfg, setup.cfg.prompts_per_epoch
     order = torch.randperm(setup.num_train, generator=generator)
-    prompt_ids = order.repeat(math.ceil(P / len(order)))[:P]    # repeats only of too few prompts
-    # A window of W noisy steps begins at 0 ... end - W. The last step, which is not trained, is in
-    # a window only if all steps are.
+    prompt_ids = order.repeat(math.ceil(P / len(order)))[:P]  # repeats, if there are too few
+    # A window of W steps begins at 0 ... end - W; the last step is in it only if all steps are.
     end = min(cfg.num_steps - 1, round(cfg.noise_until * cfg.num_steps))
-    starts = max(1, end - cfg.noise_window + 1)
-    first_noisy = torch.randint(starts, (P,), generator=generator)
+    first_noisy = torch.randint(max(1, end - cfg.noise_window + 1), (P,), generator=generator)
     return prompt_ids.to(setup.device), first_noisy.to(setup.device)
 
 @torch.no_grad()
 def rollout(setup: Setup, prompt_ids: Tensor, first_noisy: Tensor,
-            generator: torch.Generator) -> tuple[Tensor, dict]:
+            generator: torch.Generator) -> tuple:
     """STEP 2: K clips for each of P prompts, with noise in the window that begins at first_noisy.
 
-    prompt_ids, first_noisy (P,) int64. Returns the finished latents (B, C, H, W), group by group,
-    and the table of R noisy steps: what `policy` takes, "next_latents" x_{t-1}, their "log_prob",
-    and "clip_id", the row in the finished latents.
+    Returns the finished latents (B, C, H, W), group by group, and the table of R noisy steps: what
+    `policy` takes, "next_latents" x_{t-1}, their "log_prob" and "clip_id", the place in latents.
     """
     # One prompt with K = 3 clips and T = 4 steps, of which step 1 is noisy:
     #   step 0   x_T is one for all three: the U-Net is asked once, all three go to the mean
@@ -340,25 +325,26 @@ def rollout(setup: Setup, prompt_ids: Tensor, first_noisy: Tensor,
     return latents, {name: torch.cat([rows[name] for rows in table]) for name in table[0]}
 
 # ==== 5. The policy learns: update ====
-def replay(setup: Setup, rows: dict) -> tuple[Tensor, Tensor, Tensor]:
+def replay(setup: Setup, rows: dict) -> tuple:
     """Log-prob (R,), mean and sigma of recorded actions under today's weights."""
     mean, sigma = policy(setup, rows, ETA)
     return gaussian_log_prob(rows["next_latents"], mean, sigma), mean, sigma
 
-def check_on_policy(setup: Setup, difference: Tensor, clip_range: float) -> float:
-    """How far replayed log-probs are off those of the rollout; UserError if too far."""
+def check_on_policy(setup: Setup, difference: Tensor) -> float:
+    """Root mean square of replayed minus rolled-out log-probs (R,); UserError if too large."""
     # The cheapest bug detector there is: nothing was learned since the rollout, so replaying it
-    # must give the same log-probs. On a CPU it does, to rounding. On a GPU other batch shapes pick
-    # other kernels, and TF32 or half precision show it: by emulation, up to 2e-4 at D = 16,384.
+    # must give the same log-probs. On a CPU it does. On a GPU other batch shapes are computed by
+    # other kernels: TF32 or bfloat16 are off by 1 % of the U-Net's output, which moves the mean of
+    # D terms by 0.01 to 0.04 / sqrt(D), more in late steps. Bugs move it by 0.004 at any D.
     error = difference.square().mean().sqrt().item()
-    limit = REPLAY_LIMIT * clip_range
+    limit = REPLAY_LIMIT / math.sqrt(math.prod(setup.latent_shape))
     if setup.device.type == "cpu" and setup.dtype == torch.float32:
         limit = 1e-6
     if not error <= limit:              # NaN is not
-        raise UserError(f"on-policy check: rollout and replay differ by {error:.1e}, limit "
-                        f"{limit:.1e}. Usual causes: dropout (not in eval mode), another timestep, "
-                        "another row's prompt, moved weights, latents in half precision; if it is "
-                        "barely more, TF32 or other kernels of a GPU")
+        raise UserError(
+            f"on-policy check: rollout and replay differ by {error:.1e}, limit {limit:.1e}. "
+            "Usual causes: dropout (not in eval mode), another timestep, another row's "
+            "prompt, moved weights, half precision; if barely more, TF32 or GPU kernels")
     return error
 
 def optimizer_step(setup: Setup, number: int) -> float:
@@ -366,21 +352,20 @@ def optimizer_step(setup: Setup, number: int) -> float:
     cfg, optimizer, scaler = setup.cfg, setup.optimizer, setup.scaler
     # The rate rises while Adam's averages are young, then falls to 0 at the end of the run, so that
     # a long run does not learn the noise of CLAP.
-    left = 1 - number / (cfg.epochs * cfg.updates_per_epoch)
-    group = optimizer.param_groups[0]
+    left, group = 1 - number / (cfg.epochs * cfg.updates_per_epoch), optimizer.param_groups[0]
     group["lr"] = cfg.learning_rate * min((number + 1) / WARMUP_UPDATES, left)
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(group["params"], MAX_GRAD_NORM).item()
     # float16 overflows now and then: the scaler skips that step and halves its scale. Without one,
-    # or with nothing left to halve, it is a fault, and one NaN in Adam's state would stay there.
+    # or with nothing left to halve, it is a fault: one NaN in Adam's state would stay there.
     if not math.isfinite(norm) and scaler.get_scale() <= 1:
         raise UserError("the gradient is not finite: lower --learning-rate")
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return norm
 
-def update(setup: Setup, rows: dict, epoch: int, generator: torch.Generator) -> dict[str, float]:
+def update(setup: Setup, rows: dict, epoch: int, generator: torch.Generator) -> dict:
     """STEP 5: clipped PPO on the R rows of `rollout`, with "advantage"; returns what to log."""
     cfg, count = setup.cfg, len(rows["clip_id"])
     clip_range = cfg.clip_range * 16384 / math.prod(setup.latent_shape)
@@ -389,18 +374,16 @@ def update(setup: Setup, rows: dict, epoch: int, generator: torch.Generator) -> 
     # pi_old is the policy as it is now, asked in the very micro-batches of the update. The
     # log-probs of the rollout would not do: there the U-Net was asked in batches of other shapes,
     # so on a GPU other kernels answered, and their rounding is as large as the clip range. Like
-    # this the ratio is exactly 1 at the first update: log_prob - old_log_prob subtracts a number
-    # from itself.
-    rows["old_log_prob"] = torch.empty_like(rows["log_prob"])
-    rows["mean_base"] = torch.empty_like(rows["latents"])
+    # this log_prob - old_log_prob is exactly 0 at the first update, and the ratio 1.
+    rows["old_log_prob"], rows["mean_base"] = rows["log_prob"].clone(), rows["latents"].clone()
     with torch.no_grad():
         for minibatch in minibatches:
             for at in minibatch.split(cfg.micro_batch):
                 rows["old_log_prob"][at] = replay(setup, take(rows, at))[0]
                 if cfg.kl_weight > 0:
-                    with setup.unet.disable_adapter():          # where the base model would go
+                    with setup.unet.disable_adapter():  # where the base model would go
                         rows["mean_base"][at] = replay(setup, take(rows, at))[1]
-    error = check_on_policy(setup, rows["old_log_prob"] - rows["log_prob"], clip_range)
+    error = check_on_policy(setup, rows["old_log_prob"] - rows["log_prob"])
     log = {"replay_error": error, "grad_norm": 0.0}
     for i, minibatch in enumerate(minibatches):
         for at in minibatch.split(cfg.micro_batch):
@@ -416,7 +399,6 @@ def update(setup: Setup, rows: dict, epoch: int, generator: torch.Generator) -> 
             info["loss"] = loss
             for name, value in info.items():                    # means over all rows
                 log[name] = log.get(name, 0) + value.detach() * len(at) / count
-        # From here on the policy has moved, and clipping keeps it near the one that rolled out.
         norm = optimizer_step(setup, epoch * cfg.updates_per_epoch + i)
         log["grad_norm"] = max(log["grad_norm"], norm)
     return {name: float(value) for name, value in log.items()}
@@ -436,7 +418,7 @@ def train(setup: Setup, run: Path, metrics: list) -> None:
         # The reward comes at the end, for a whole clip: all its noisy steps share the advantage.
         rows["advantage"] = advantages.flatten().to(setup.device)[rows["clip_id"]]
         info = update(setup, rows, epoch, generator)                            # STEP 5
-        row = {"epoch": epoch + 1, "reward": rewards.mean().item(), **info}     # STEP 6
+        row = {"epoch": epoch + 1, "reward": rewards.mean().item()} | info      # STEP 6
         metrics.append(row)
         # Which prompts were drawn decides an epoch's reward, but not the mean of the last epochs.
         latest = [r["reward"] for r in metrics[-EVAL_EVERY:]]
@@ -454,34 +436,34 @@ def train(setup: Setup, run: Path, metrics: list) -> None:
 
 # ############## Part II: what the method needs (a first reader may stop here) ##############
 # ==== 7. Prompts ====
-def read_prompts(path: str) -> dict[str, str]:
+def read_prompts(path: str) -> dict:
     """The prompts of a text file, one per line, by what can be heard of them."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")       # -sig: Windows' mark may lead it
+        text = Path(path).read_text(encoding="utf-8-sig")  # -sig: Windows' mark may lead it
     except (OSError, ValueError) as error:
-        raise UserError(f"prompts {path}: {error}; samples/prompts.txt is one to begin with")
+        raise UserError(f"prompts {path}: {error}; to begin, take samples/prompts.txt")
     prompts = {}
     for line in text.splitlines():
         if re.search(r'^[\[{]|\t\S|,"|^[^\s,]+,\S+$', line):
-            raise UserError(f"prompts {path}: {line!r} looks like CSV or JSON; one prompt a line")
+            raise UserError(f"prompts {path}: {line!r} is CSV or JSON; one prompt a line")
         prompt = " ".join(line.split())
-        heard = re.sub(r"[^\w ]", "", prompt.lower())           # "A dog barks." is "a dog barks"
+        heard = re.sub(r"[^\w ]", "", prompt.lower())  # "A dog barks." is "a dog barks"
         if heard and not prompt.startswith("#"):
             prompts[heard] = prompt
     if not prompts:
         raise UserError(f"prompts {path}: no prompt in it; write one a line")
     return prompts
 
-def split_prompts(cfg: Config) -> tuple[list[str], int]:
+def split_prompts(cfg: Config) -> tuple:
     """Training prompts, then held-out ones, none of fewer than 8; how many are for training."""
     train, held_out = read_prompts(cfg.prompts), {}
     beside = Path(cfg.prompts).with_name("eval_" + Path(cfg.prompts).name)
     if cfg.eval_prompts or beside.exists():
         held_out = read_prompts(cfg.eval_prompts or beside)
-        for heard in train.keys() & held_out.keys():            # it would show memory, not skill
-            raise UserError(f"{train[heard]!r} is a training and a held-out prompt: remove one")
+        for heard in train.keys() & held_out.keys():  # it would show memory, not skill
+            raise UserError(f"{train[heard]!r} is trained on and held out: remove one")
     elif len(train) >= 8:
-        every = max(4, len(train) // 50)        # a quarter, 50 at most, from all over the file
+        every = max(4, len(train) // 50)  # a quarter, 50 at most, from all over the file
         for heard in list(train)[every - 1::every][:50]:
             held_out[heard] = train.pop(heard)
     return list(train.values()) + list(held_out.values()), len(train)
@@ -492,43 +474,39 @@ def load_pipeline(model: str, device="cpu"):
     import torchaudio  # noqa: F401    first: if it is broken, those that import it hide why
     import diffusers
     import transformers
-    for library in (diffusers, transformers):                   # one line an epoch is talk enough
+    for library in (diffusers, transformers):  # silent
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
     parts = {}
     try:
         kind = diffusers.DiffusionPipeline.load_config(model)["_class_name"]
-        if kind == "AudioLDM2Pipeline":         # its index names GPT2Model, which cannot generate
+        if kind == "AudioLDM2Pipeline":  # its index names GPT2Model, which cannot generate
             parts["language_model"] = transformers.GPT2LMHeadModel.from_pretrained(
                 model, subfolder="language_model")
         elif kind != "AudioLDMPipeline":
             raise ValueError(f"a {kind} is not supported")
-        pipeline_class = getattr(diffusers, kind)
-        pipeline = pipeline_class.from_pretrained(model, dtype=torch.float32, **parts)
+        pipeline = getattr(diffusers, kind).from_pretrained(model, dtype=torch.float32, **parts)
         config = pipeline.scheduler.config
         plain = type(pipeline.scheduler) is diffusers.DDIMScheduler
         if not plain or config.clip_sample or config.prediction_type != "epsilon":
             raise ValueError("its scheduler is not plain DDIM that predicts noise")
-    except Exception as error:                  # whatever a library finds wrong with a folder
-        raise UserError(f"--model {model}: no usable folder, nor to be had from the hub; the "
-                        f"bundled model needs no network ({str(error)[:200]})")
-    if not parts:                               # AudioLDM's U-Net does not use it, but asks for it
+    except Exception as error:  # whatever a library finds wrong with a folder
+        raise UserError(f"--model {model}: no usable folder, nor to be had from the hub; "
+                        f"the bundled model needs no network ({str(error)[:200]})")
+    if not parts:  # AudioLDM's U-Net does not use it, but asks for it
         pipeline.unet.forward = partial(pipeline.unet.forward, encoder_hidden_states=None)
-    pipeline.vae.to(memory_format=torch.channels_last)          # convolutions are faster so
-    return pipeline.to(device)                  # in eval mode, as `from_pretrained` leaves it
+    pipeline.vae.to(memory_format=torch.channels_last)  # convolutions are faster so
+    return pipeline.to(device)  # in eval mode, as `from_pretrained` leaves it
 
 @torch.no_grad()
-def encode_prompts(pipeline, prompts: list[str]) -> dict[str, Tensor]:
+def encode_prompts(pipeline, prompts: list) -> dict:
     """The U-Net's keyword tensors, 2 N rows: of N prompts, then of the empty one in their place."""
-    # The one function that knows how a model is conditioned: everything else hands tensors on.
     device = pipeline.unet.device
     if not hasattr(pipeline, "language_model"):
-        # AudioLDM: one vector (N, E), which joins the time embedding. By 64 prompts, since each is
-        # padded to 512 tokens; the empty one, which the pipeline would repeat for each, once.
+        # AudioLDM: a vector (N, E). By 64 prompts, each padded to 512 tokens; the empty one once.
         labels = []
         for first in range(0, len(prompts), 64):
-            chunk = prompts[first:first + 64]
-            labels.append(pipeline._encode_prompt(chunk, device, 1, False))
+            labels.append(pipeline._encode_prompt(prompts[first:first + 64], device, 1, False))
         empty = pipeline._encode_prompt(prompts[:1], device, 1, True)[:1]
         labels.append(empty.expand(len(prompts), -1))
         return {"class_labels": torch.cat(labels)}
@@ -547,33 +525,32 @@ def add_lora(unet, rank: int):
     from peft import LoraConfig, get_peft_model
     # The attention, as everywhere; and the layers through which an AudioLDM U-Net hears its prompt.
     # Each of their matrices W becomes W + B A, with B zero at first: the policy starts as the base
-    # model, and is the base model again within `unet.disable_adapter()`, without a copy of it.
+    # model, and is the base model again within `unet.disable_adapter()`.
     targets = ["to_q", "to_k", "to_v", "to_out.0", "time_emb_proj", "class_embedding"]
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
     return get_peft_model(unet, lora).eval()
 
-def adapter_state(unet) -> dict[str, Tensor]:
+def adapter_state(unet) -> dict:
     """The adapter's weights by peft's names; `peft.set_peft_model_state_dict` puts them back."""
     from peft import get_peft_model_state_dict
     return get_peft_model_state_dict(unet, save_embedding_layers=False)
 
-def load_setup(cfg: Config, prompts: list[str], num_train: int, reward=None) -> Setup:
+def load_setup(cfg: Config, prompts: list, num_train: int, reward=None) -> Setup:
     """Everything that a run needs, loaded and checked; `reward` takes the place of CLAP's."""
     device, dtype = torch.device("cpu"), torch.float32
     if torch.cuda.is_available():
         device, dtype = torch.device("cuda"), torch.bfloat16
-        if not torch.cuda.is_bf16_supported(including_emulation=False):         # as on a T4
+        if not torch.cuda.is_bf16_supported(including_emulation=False):  # as on a T4
             dtype = torch.float16
     if cfg.dtype != "auto":
         dtype = getattr(torch, cfg.dtype)
     pipeline = load_pipeline(cfg.model, device)
     # The tokenizer of both families is RoBERTa's, which is CLAP's too; CLAP reads 77 tokens.
-    tokenizer = pipeline.tokenizer
-    limit = min(77, tokenizer.model_max_length)
+    tokenizer, limit = pipeline.tokenizer, min(77, pipeline.tokenizer.model_max_length)
     for ids in tokenizer(prompts)["input_ids"]:
         if len(ids) > limit:
             lost = tokenizer.decode(ids[limit - 1:-1])
-            print(f"warning: a prompt is cut to {limit} tokens, lost: {lost!r}", file=sys.stderr)
+            print(f"warning: prompt cut to {limit} tokens, lost: {lost!r}", file=sys.stderr)
     reward_name = getattr(reward, "__name__", "clap_reward")
     if reward is None:
         reward = partial(clap_reward, load_clap(cfg.clap, tokenizer, device))
@@ -581,8 +558,7 @@ def load_setup(cfg: Config, prompts: list[str], num_train: int, reward=None) -> 
     # Every prompt is encoded: the encoders, which may be larger than the U-Net, can go.
     for name in ("text_encoder", "text_encoder_2", "projection_model", "language_model"):
         setattr(pipeline, name, None)
-    # The latents' shape, as diffusers computes it: one mel frame per so many samples; the VAE
-    # halves frames and bands at all of its levels but one.
+    # The latents' shape, as diffusers computes it; the VAE halves at all of its levels but one.
     vocoder, channels = pipeline.vocoder.config, pipeline.unet.config.in_channels
     frames = int(cfg.seconds / (math.prod(vocoder.upsample_rates) / vocoder.sampling_rate))
     factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
@@ -592,10 +568,9 @@ def load_setup(cfg: Config, prompts: list[str], num_train: int, reward=None) -> 
     weights = [weight for weight in unet.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, weight_decay=1e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    schedule = ddim_schedule(pipeline.scheduler, cfg.num_steps)
-    schedule = [table.to(device) for table in schedule]
-    return Setup(cfg, prompts, num_train, condition, pipeline, reward, reward_name, unet, optimizer,
-                 scaler, schedule, latent_shape, device, dtype)
+    schedule = [table.to(device) for table in ddim_schedule(pipeline.scheduler, cfg.num_steps)]
+    return Setup(cfg, prompts, num_train, condition, pipeline, reward, reward_name, unet,
+                 optimizer, scaler, schedule, latent_shape, vocoder.sampling_rate, device, dtype)
 
 # ==== 9. The reward: CLAP, made dependable ====
 # The sizes of LAION's checkpoints, but for those of the audio tower, which is tiny or base.
@@ -603,8 +578,7 @@ OFFICIAL = {
     "audio_cfg": {"sample_rate": 48000, "clip_samples": 480000, "window_size": 1024,
                   "hop_size": 480, "mel_bins": 64, "fmin": 50, "fmax": 14000},
     "roberta": {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1,
-                "layer_norm_eps": 1e-5},
-    "joint_embed_shape": 512}
+                "layer_norm_eps": 1e-5}, "joint_embed_shape": 512}
 
 def build_clap(sizes: dict) -> nn.ModuleDict:
     """CLAP with random weights: an audio and a text tower, each with a projection to one space."""
@@ -612,8 +586,7 @@ def build_clap(sizes: dict) -> nn.ModuleDict:
     from types import SimpleNamespace
     from transformers import RobertaConfig, RobertaModel
     # `import laion_clap` fetches three tokenizers, and its CLAP class 500 MB of RoBERTa that the
-    # checkpoint then replaces. So the audio tower is imported from the package's folder, under the
-    # name that the package itself gives it, and put together with the rest here.
+    # checkpoint then replaces. So the audio tower is imported from the package's own folder.
     sys.path.append(str(Path(find_spec("laion_clap").origin).parent))
     warnings.filterwarnings("ignore", message="torch.meshgrid")
     from clap_module.htsat import HTSAT_Swin_Transformer
@@ -628,10 +601,7 @@ def build_clap(sizes: dict) -> nn.ModuleDict:
     return clap.eval().requires_grad_(False)
 
 def load_clap(checkpoint: str, tokenizer, device="cpu") -> nn.ModuleDict:
-    """CLAP with the weights of a laion-clap checkpoint, and `tokenizer` attached as .tokenizer.
-
-    checkpoint: a file, or OWNER/REPO/FILE on the hub; tokenizer: RoBERTa's, as the pipelines have.
-    """
+    """CLAP of a laion-clap checkpoint, a file or OWNER/REPO/FILE; tokenizer: RoBERTa's."""
     import numpy as np
     from huggingface_hub import hf_hub_download
     # A .pt file is a program. Besides weights the official ones hold a numpy scalar and the command
@@ -643,7 +613,7 @@ def load_clap(checkpoint: str, tokenizer, device="cpu") -> nn.ModuleDict:
     unused = r"logit_scale|audio_transform|text_transform|text_branch.embeddings.position_ids"
     path, weights = Path(checkpoint), {}
     try:
-        if not path.is_file():                  # fetched once; a download that was cut goes on
+        if not path.is_file():  # fetched once; a download that was cut goes on
             owner, repo, file = checkpoint.split("/", 2)
             path = Path(hf_hub_download(f"{owner}/{repo}", file))
         with torch.serialization.safe_globals(allowed):
@@ -655,15 +625,15 @@ def load_clap(checkpoint: str, tokenizer, device="cpu") -> nn.ModuleDict:
         width = len(weights["audio_branch.patch_embed.proj.weight"])
         depths = [2, 2, 6 if width == 96 else 12, 2]            # HTSAT-tiny, HTSAT-base
         sizes = OFFICIAL | {"htsat": {"embed_dim": width, "depths": depths}}
-        if path.with_suffix(".json").exists():                  # another CLAP brings its sizes
+        if path.with_suffix(".json").exists():  # another CLAP brings its sizes
             sizes = json.loads(path.with_suffix(".json").read_text())
         clap = build_clap(sizes)
-        clap.load_state_dict(weights)           # strict: a weight left random would score nonsense
+        clap.load_state_dict(weights)  # strict: a weight left random would score nonsense
     except Exception as error:
         if any("mel_conv2d" in name for name in weights):
             error = "a fusion checkpoint (mel_conv2d); use one without"
-        raise UserError(f"--clap {path}: not found here or on the hub, damaged, of another size, "
-                        f"or with code in it: {str(error)[:200]}")
+        raise UserError(f"--clap {path}: not found here or on the hub, damaged, of another "
+                        f"size, or with code in it: {str(error)[:200]}")
     # Offline, a tokenizer may come without its vocabulary, and then all prompts are one.
     one, other = tokenizer(["a dog barking", "wind blowing"])["input_ids"]
     if one == other:
@@ -672,34 +642,30 @@ def load_clap(checkpoint: str, tokenizer, device="cpu") -> nn.ModuleDict:
     return clap.to(device)
 
 @torch.no_grad()
-def clap_reward(clap, waveforms: Tensor, sample_rate: int, prompts: list[str]) -> Tensor:
-    """Cosine similarity in [-1, 1] of each waveform and its prompt under CLAP, (N,) on the CPU.
-
-    waveforms (N, samples), float in [-1, 1], at sample_rate Hz.
-    """
+def clap_reward(clap, waveforms: Tensor, sample_rate: int, prompts: list) -> Tensor:
+    """Cosine (N,) of waveforms (N, samples), floats in [-1, 1], and prompts under CLAP, on CPU."""
     import torchaudio
     # (samples,) would be taken for clips of one sample, and int16 is 30,000 times too loud. At the
     # wrong rate, 16 for 16 kHz or 16000 left as it is, CLAP answers without complaint, and wrongly.
     if waveforms.dim() != 2 or not waveforms.is_floating_point() or sample_rate < 8000:
         raise ValueError("not float waveforms (N, samples) and a sample_rate in Hz")
-    # CLAP is differentiable, so one could backpropagate through decoder and sampler instead
-    # (DRaFT): faster, over-optimises sooner, needs a reward with a gradient. PPO takes any.
+    # One could backpropagate through CLAP, decoder and sampler instead (DRaFT): faster,
+    # over-optimises sooner, and only for rewards that have a gradient. PPO takes any.
     length, rate = clap.audio_cfg.clip_samples, clap.audio_cfg.sample_rate
     device, embeds, texts = next(clap.parameters()).device, [], {}
     for x in waveforms.float().clamp(-1, 1).split(16):
-        # CLAP hears 10 s at 48 kHz. It learned shorter clips as "repeatpad", whole repetitions and
-        # then zeros. Of longer ones the package takes a random part, so that one clip scores
-        # differently from call to call; the beginning is as good, and always the same.
+        # CLAP hears 10 s at 48 kHz. It learned shorter clips as whole repetitions, then zeros. Of
+        # longer ones the package takes a random part, so that no score can be had twice.
         x = torchaudio.functional.resample(x.to(device), sample_rate, rate)
         x = x.repeat(1, max(1, length // x.shape[1]))[:, :length]
         x = F.pad(x, (0, length - x.shape[1]))
         embeds.append(clap["audio_branch"]({"waveform": x}, device=device)["embedding"])
-    audio = F.normalize(clap["audio_projection"](torch.cat(embeds)), dim=-1)    # (N, E)
-    for prompt in set(prompts):                 # alone: others in a batch change the last bits
+    audio = F.normalize(clap["audio_projection"](torch.cat(embeds)))    # (N, E)
+    for prompt in set(prompts):  # alone: others in a batch change the last bits
         tokens = clap.tokenizer([prompt], padding="max_length", truncation=True, max_length=77,
                                 return_tensors="pt").to(device)
         text = clap["text_branch"](tokens["input_ids"], tokens["attention_mask"])
-        texts[prompt] = F.normalize(clap["text_projection"](text.pooler_output), dim=-1)[0]
+        texts[prompt] = F.normalize(clap["text_projection"](text.pooler_output))[0]
     text = torch.stack([texts[prompt] for prompt in prompts])                   # (N, E)
     return (audio * text).sum(dim=1).cpu()
 
@@ -710,37 +676,35 @@ def decode(setup: Setup, latents: Tensor) -> Tensor:
     pipeline, waveforms = setup.pipeline, []
     for chunk in latents.split(8):
         mel = pipeline.vae.decode(chunk / pipeline.vae.config.scaling_factor).sample
-        for pair in mel.split(2):               # a vocoder's activations are large: slow in eights
+        for pair in mel.split(2):  # a vocoder's activations are large: slow in eights
             waveforms.append(pipeline.mel_spectrogram_to_waveform(pair))
-    samples = int(setup.cfg.seconds * pipeline.vocoder.config.sampling_rate)
+    samples = int(setup.cfg.seconds * setup.sample_rate)
     return torch.cat(waveforms)[:, :samples].clamp(-1, 1)
 
-def score_clips(setup: Setup, latents: Tensor, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:
+def score_clips(setup: Setup, latents: Tensor, prompt_ids: Tensor) -> tuple:
     """STEP 3: waveforms (P * n, samples) and rewards (P, n) of n finished clips of P prompts."""
     waveforms, prompts = decode(setup, latents), []
     for prompt_id in prompt_ids.tolist():
         prompts += [setup.prompts[prompt_id]] * (len(latents) // len(prompt_ids))
-    found = setup.reward(waveforms, setup.pipeline.vocoder.config.sampling_rate, prompts)
+    found = setup.reward(waveforms, setup.sample_rate, prompts)
     try:
         rewards = torch.as_tensor(found).detach().float().cpu().view(len(prompts))
     except (TypeError, ValueError, RuntimeError):
-        shape = getattr(found, "shape", type(found))
-        raise UserError(f"the reward {setup.reward_name} returned {shape}, not "
-                        f"{len(prompts)} numbers, one per waveform")
+        raise UserError(f"the reward {setup.reward_name} returned "
+                        f"{getattr(found, 'shape', type(found))}, not {len(prompts)} numbers")
     for prompt, reward in zip(prompts, rewards):
-        if not reward.isfinite():               # through the advantage it would reach every weight
+        if not reward.isfinite():  # through the advantage it would reach every weight
             raise UserError(f"the reward of a clip of {prompt!r} is not finite")
     return waveforms, rewards.view(len(prompt_ids), -1)
 
 @torch.no_grad()
 def score_held_out(setup: Setup, clips: int = EVAL_CLIPS, seed: int = 999) -> tuple:
     """Waveforms (M * n, samples), rewards (M, n): n plain DDIM clips of each held-out prompt."""
-    # The same seed is the same noise at every call, so that only the weights make a difference.
-    scale, generator = setup.cfg.eval_guidance, torch.Generator()
-    first = setup.num_train % len(setup.prompts)            # 0, so all, where none is held out
+    # The same seed is the same noise. `first` is 0, and all prompts are taken, if none is held out.
+    scale, first = setup.cfg.eval_guidance, setup.num_train % len(setup.prompts)
     eval_ids = torch.arange(first, len(setup.prompts), device=setup.device)
     ids = eval_ids.repeat_interleave(clips)
-    generator.manual_seed(setup.cfg.seed + seed)
+    generator = torch.Generator().manual_seed(setup.cfg.seed + seed)
     rows = {"latents": randn(setup, len(ids), generator), "prompt_id": ids}
     rows["input_id"] = torch.arange(len(ids), device=setup.device)
     for step in range(setup.cfg.num_steps):
@@ -763,15 +727,15 @@ def finish(setup: Setup, run: Path) -> None:
     with setup.unet.disable_adapter():
         sides = {"original": score_held_out(setup)}
     sides["fine-tuned"] = score_held_out(setup)
-    # The first clip of each prompt can be heard, the rewards below are means over all of them.
-    page = ("<!doctype html><html lang=en><meta charset=utf-8><style>audio {width: 28vw}</style>"
-            f"<meta name=viewport content='width=device-width'><title>{run.name}</title><table>")
+    # The first clip of each prompt can be heard; the rewards at the end are means over all.
+    page = ("<!doctype html><html lang=en><meta charset=utf-8><title>Before and after</title>"
+            "<meta name=viewport content='width=device-width'><table>")
     for i, prompt in enumerate(setup.prompts[-len(sides["original"][1]):]):
         page += f"\n<tr><td>{html.escape(prompt)}"      # text, never a tag
         for side, (waveforms, rewards) in sides.items():
             name, wav = f"clips/{i:03}-{side}.wav", io.BytesIO()
-            soundfile.write(wav, waveforms[i * EVAL_CLIPS].numpy(),
-                            setup.pipeline.vocoder.config.sampling_rate, format="WAV")
+            sound = waveforms[i * EVAL_CLIPS].numpy()
+            soundfile.write(wav, sound, setup.sample_rate, format="WAV")
             write_file(run / name, wav.getvalue())
             page += f"<td>{side} {rewards[i, 0]:.2f}<br><audio controls src={name}></audio>"
     write_file(run / "index.html", (page + "\n</table>\n").encode())
@@ -796,8 +760,7 @@ def save_adapter(setup: Setup, path: Path) -> None:
     write_file(path, safetensors.torch.save(adapter_state(setup.unet)))
 
 def save_checkpoint(setup: Setup, run: Path, metrics: list) -> None:
-    """All that a finished epoch leaves behind; a run needs no other file to go on."""
-    # There is no state of a random generator to be kept, since each epoch seeds its own.
+    """All that a finished epoch leaves behind. No random state: each epoch seeds its own."""
     state = {"adapter": adapter_state(setup.unet), "optimizer": setup.optimizer.state_dict(),
              "scaler": setup.scaler.state_dict(), "reward": setup.reward_name,
              "prompts": setup.prompts, "num_train": setup.num_train, "metrics": metrics}
@@ -807,16 +770,15 @@ def save_checkpoint(setup: Setup, run: Path, metrics: list) -> None:
     lines = [json.dumps(row) + "\n" for row in metrics]
     write_file(run / "metrics.jsonl", "".join(lines).encode())
 
-def resume_run(cfg: Config, run: Path, reward: Callable | None = None) -> tuple[Setup, list]:
+def resume_run(cfg: Config, run: Path, reward: Callable = None) -> tuple:
     """A run's Setup as its last finished epoch left it, and its metrics, a row per epoch."""
     from peft import set_peft_model_state_dict
     try:
         state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-        name = getattr(reward, "__name__", "clap_reward")
-        if state["reward"] != name:
-            raise ValueError(f"its reward is {state['reward']}, not {name}")
+        if state["reward"] != getattr(reward, "__name__", "clap_reward"):
+            raise ValueError(f"its reward was {state['reward']}; hand it to main()")
         if len(state["metrics"]) > cfg.epochs:
-            raise ValueError(f"{len(state['metrics'])} epochs are done: --epochs is too small")
+            raise ValueError(f"{len(state['metrics'])} epochs are done, more than --epochs")
         setup = load_setup(cfg, state["prompts"], state["num_train"], reward)
         if state["adapter"].keys() != adapter_state(setup.unet).keys():
             raise ValueError("its adapter is of another --model")
@@ -835,24 +797,23 @@ LIMITS = {"seconds": (0.1, 10), "num_steps": (2, 999), "clips_per_prompt": (2, 1
 
 def check_settings(cfg: Config) -> None:
     """UserError with flag, value and remedy where a value cannot work."""
-    for name, value in vars(cfg).items():
-        low, high = LIMITS.get(name, (1e-9, 1e9))
-        if not isinstance(value, str) and not low <= value <= high:     # NaN is not, either
-            raise UserError(f"--{name.replace('_', '-')} {value}: use {low:g} to {high:g}")
+    for f in dataclasses.fields(cfg):
+        value, (low, high) = getattr(cfg, f.name), LIMITS.get(f.name, (1e-9, 1e9))
+        if f.type is not str and not low <= value <= high:      # NaN is not, either
+            raise UserError(f"--{f.name.replace('_', '-')} {value}: use {low:g} to {high:g}")
     most = round(cfg.noise_until * cfg.num_steps)
     if cfg.noise_window > most:
-        raise UserError(f"--noise-window {cfg.noise_window}: at most {most}, the steps before "
-                        f"--noise-until {cfg.noise_until}; shorten the one or raise the other")
-    rows = cfg.prompts_per_epoch * cfg.clips_per_prompt
-    if cfg.updates_per_epoch > rows:
-        raise UserError(f"--updates-per-epoch {cfg.updates_per_epoch}: at most {rows}, the rows")
+        raise UserError(f"--noise-window {cfg.noise_window}: use 1 to {most}, the steps before "
+                        f"--noise-until {cfg.noise_until}, or raise that")
+    if cfg.updates_per_epoch > cfg.prompts_per_epoch * cfg.clips_per_prompt:
+        raise UserError(f"--updates-per-epoch {cfg.updates_per_epoch}: more than clips per epoch")
     if cfg.model != Config.model and cfg.clap == Config.clap:
-        raise UserError(f"--model {cfg.model}: needs its own --clap, since the bundled one knows "
-                        "the twelve sounds of the bundled model and no other")
+        raise UserError(f"--model {cfg.model}: needs its own --clap, since the bundled "
+                        "one knows the twelve sounds of the bundled model and no other")
 
-def parse_args(argv=None) -> tuple[Config, Path | None]:
+def parse_args(argv=None) -> tuple:
     """Config of a command line, and the run directory to resume, None for a new run."""
-    parser = argparse.ArgumentParser(           # SUPPRESS: a flag not given leaves no trace
+    parser = argparse.ArgumentParser(  # SUPPRESS: a flag not given leaves no trace
         usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS,
         description=inspect.getsource(Config), formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run directory")
@@ -864,8 +825,7 @@ def parse_args(argv=None) -> tuple[Config, Path | None]:
     if run is None:
         return Config(**given), None
     try:
-        # Another learning rate in mid-run would make a run that no command line describes. These
-        # change its length, memory and place, and no result.
+        # Only its length, memory and place may change: one command line describes a run.
         fixed = given.keys() - {"epochs", "micro_batch", "model", "clap"}
         if fixed:
             raise ValueError(f"{' and '.join(sorted(fixed))} cannot change in mid-run")
@@ -873,7 +833,7 @@ def parse_args(argv=None) -> tuple[Config, Path | None]:
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--resume {run}: not a run that can go on so: {error}")
 
-def main(argv=None, reward: Callable | None = None) -> int:
+def main(argv=None, reward: Callable = None) -> int:
     """A whole run. Exit code 0; 2 after one line about a mistake; 130 if stopped by Ctrl-C."""
     advice = ""
     try:
@@ -883,15 +843,15 @@ def main(argv=None, reward: Callable | None = None) -> int:
             run, metrics = Path(cfg.out or f"runs/seed-{cfg.seed}"), []
             run.mkdir(parents=True, exist_ok=True)      # before anything slow is done
             if any(run.iterdir()):
-                raise UserError(f"--out {run}: is not empty; use another, or --resume {run}")
+                raise UserError(f"--out {run}: not empty; use another, or --resume {run}")
             setup = load_setup(cfg, prompts, num_train, reward)
             save_checkpoint(setup, run, metrics)
         else:
             setup, metrics = resume_run(cfg, run, reward)
         write_file(run / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1).encode())
-        advice = f"; --resume {run} goes on after the last epoch (short of memory: --micro-batch)"
-        held_out = len(setup.prompts) - setup.num_train
-        print(f"{run}: {setup.num_train} training, {held_out} held-out prompts", flush=True)
+        advice = f"; --resume {run} goes on (short of memory: lower --micro-batch)"
+        print(f"{run}: {setup.num_train} training, "
+              f"{len(setup.prompts) - setup.num_train} held-out prompts", flush=True)
         train(setup, run, metrics)
         finish(setup, run)
         return 0
@@ -900,7 +860,7 @@ def main(argv=None, reward: Callable | None = None) -> int:
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         if isinstance(error, BrokenPipeError):
             sys.stdout = sys.stderr
-        message, code = " ".join(str(error).split()), 2         # one line, whatever is in a value
+        message, code = " ".join(str(error).split()), 2  # one line, whatever is in a value
     print(f"clap_ppo.py: {message}{advice}", file=sys.stderr)
     return code
 

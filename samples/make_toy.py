@@ -28,6 +28,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -486,6 +487,40 @@ def clap_sizes(vocab_size):
     }
 
 
+def make_clap(sizes):
+    """laion_clap's own CLAP module with random weights, built without any download.
+
+    sizes: a model configuration of the package (what `clap_sizes` returns), with "htsat" and
+    "roberta", the keyword arguments of its towers.
+    """
+    from importlib.util import find_spec
+    from unittest import mock
+    from transformers import RobertaConfig, RobertaModel
+    # `import laion_clap` fetches three tokenizers, and its constructor 500 MB of RoBERTa. So its
+    # classes are imported from the package's folder, under the name that it gives them itself.
+    folder = find_spec("laion_clap").submodule_search_locations[0]
+    if folder not in sys.path:
+        sys.path.append(folder)
+    warnings.filterwarnings("ignore", message="torch.meshgrid")
+    from clap_module import htsat, model as clap_model
+    # While the model is made, "download RoBERTa" means "make one from its configuration".
+    roberta = RobertaConfig(**sizes["roberta"])
+
+    def make_htsat(audio_cfg, *_):
+        return htsat.HTSAT_Swin_Transformer(config=audio_cfg, **sizes["htsat"])
+
+    def make_roberta(name):
+        return RobertaModel(roberta)
+
+    with (mock.patch.object(clap_model, "create_htsat_model", make_htsat),
+          mock.patch.object(RobertaModel, "from_pretrained", make_roberta)):
+        clap = clap_model.CLAP(sizes["embed_dim"], sizes["audio_cfg"], sizes["text_cfg"],
+                               joint_embed_shape=sizes["joint_embed_shape"])
+    # The class knows RoBERTa's width only as a literal, 768.
+    clap.text_projection[0] = nn.Linear(roberta.hidden_size, clap.joint_embed_shape)
+    return clap.eval().requires_grad_(False)
+
+
 def clap_features(clap, waves):
     """The log-mel input of laion_clap's audio branch, (N, 1, frames, 64), from int16 clips."""
     import torchaudio
@@ -508,11 +543,9 @@ def clap_audio(clap, features):
 
 def clap_stage(args):
     """The reward: laion_clap's own classes, small."""
-    sys.path.insert(0, str(HERE.parent))
-    from clap_ppo import build_clap
     tokenizer = make_tokenizer()
     torch.manual_seed(15)
-    clap = build_clap(clap_sizes(len(tokenizer))).requires_grad_(True)
+    clap = make_clap(clap_sizes(len(tokenizer))).requires_grad_(True)
     clap.audio_branch.spectrogram_extractor.requires_grad_(False)
     clap.audio_branch.logmel_extractor.requires_grad_(False)
     if not (args.build / "clap.pt").exists():
