@@ -10,11 +10,11 @@
 # ///
 r"""Fine-tune a text-to-audio diffusion model with PPO, so that you hear what you asked for.
 
-    python clap_ppo.py --prompts samples/prompts.txt  # the bundled toy model, on a CPU
-    python clap_ppo.py --resume runs/seed-0  # go on where that run stopped
+    python clap_ppo.py --prompts samples/prompts.txt              # the bundled toy model, on a CPU
+    python clap_ppo.py --resume runs/seed-0                       # go on where that run stopped
     python clap_ppo.py --prompts prompts.txt --model cvssp/audioldm2 --eval-guidance 3.5 \
         --clap lukewys/laion_clap/630k-audioset-best.pt --seconds 5.12 --num-steps 20 \
-        --learning-rate 1e-4 --micro-batch 8  # a real model, on one GPU
+        --learning-rate 1e-4 --micro-batch 8                      # a real model, on one GPU
 
 `uv run` in place of `python` first installs what the script needs.
 
@@ -147,8 +147,8 @@ def group_advantages(rewards: Tensor, floor: float = 0.1) -> Tensor:
     # Among the clips of one prompt, since prompts differ in difficulty by more than their clips do:
     # with one mean for all, whatever an easy prompt gave would be reinforced, bad clips included.
     # (PPO for games trains a second network, the critic, to guess this mean.)
-    centred = rewards - rewards.float().mean(dim=1, keepdim=True)  # (P, K) - (P, 1)
-    std = centred.square().mean(dim=1, keepdim=True).sqrt()  # of these K, not K - 1
+    centred = rewards - rewards.float().mean(1, keepdim=True)  # (P, K) - (P, 1)
+    std = centred.square().mean(1, keepdim=True).sqrt()  # of these K, not K - 1
     # Clips that are all nearly alike say little, but divided by a tiny deviation their differences,
     # CLAP's noise, would count as much as those between a right and a wrong clip: hence the floor.
     return centred / std.clamp(min=floor)
@@ -176,11 +176,11 @@ def ppo_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor,
 
 # ==== 3. Settings ====
 # What nobody needs to turn. What one may want to turn is a field of Config, and so a flag.
-ETA = 1.0               # noise of a noisy step; 1 is DDPM's
-WARMUP_UPDATES = 10     # Adam's first steps are sign steps: lr rises from 0
+ETA = 1.0               # noise of a noisy step in units of DDPM's; with less, less is explored
+WARMUP_UPDATES = 10     # Adam's first steps have size lr in every weight, so lr rises from 0
 MAX_GRAD_NORM = 1.0     # an emergency brake: healthy norms are a hundred times smaller
-REPLAY_LIMIT = 0.06     # between rollout and replay on a GPU, times 1 / sqrt(D)
-EVAL_EVERY = 25         # epochs between scores of held-out prompts; snapshots
+REPLAY_LIMIT = 0.06     # difference of rollout and replay on a GPU, times 1 / sqrt(D)
+EVAL_EVERY = 25         # epochs between scores of held-out prompts, and between snapshots
 EVAL_CLIPS = 2          # clips of each held-out prompt, always of the same noises
 HERE = Path(__file__).resolve().parent
 
@@ -191,10 +191,10 @@ class UserError(ValueError):
 class Config:
     """Every setting of a run. A field is a flag, --num-steps 20; `--help` prints this class."""
     prompts: str = "prompts.txt"    # one training prompt per line; # starts a comment
-    eval_prompts: str = ""          # held-out ones; else eval_FILE, or a quarter
-    out: str = ""                   # folder, new or empty; else runs/seed-SEED
-    model: str = f"{HERE}/samples/toy/pipeline"  # AudioLDM or AudioLDM2: folder or hub id
-    clap: str = f"{HERE}/samples/toy/clap.pt"  # laion-clap file, or OWNER/REPO/FILE
+    eval_prompts: str = ""          # held-out ones; else those of eval_FILE beside it, or a quarter
+    out: str = ""                   # folder of the run, new or empty; else runs/seed-SEED
+    model: str = "samples/toy/pipeline"  # AudioLDM or AudioLDM2: folder or hub id
+    clap: str = "samples/toy/clap.pt"  # laion-clap file, or OWNER/REPO/FILE of the hub
     seconds: float = 2.56           # length of a clip; at most 10, CLAP hears no more
     num_steps: int = 10             # T, denoising steps per clip; usual: 10 to 50
     noise_window: int = 1           # consecutive noisy steps per clip
@@ -203,7 +203,7 @@ class Config:
     eval_guidance: float = 2.0      # guidance of the clips that are compared; 1: none
     epochs: int = 100               # rounds of rollout and update
     prompts_per_epoch: int = 16     # P
-    clips_per_prompt: int = 8       # K, compared with each other; 8 or more
+    clips_per_prompt: int = 8       # K, clips compared with each other; at best 8 or more
     updates_per_epoch: int = 4      # optimiser steps, each on its share of the rows
     learning_rate: float = 4e-3     # Adam's; 1e-4 is usual for a real model
     # Roughly how far one epoch may move the policy: an action whose log-probability moved further
@@ -214,7 +214,7 @@ class Config:
     kl_weight: float = 0.0          # pulls back to the base model; usual: 0 to 0.1
     lora_rank: int = 8              # rank of the adapter's weight updates
     micro_batch: int = 128          # rows per network call: memory, never the result
-    dtype: str = "auto"             # of the U-Net: float32, bfloat16, float16
+    dtype: str = "auto"             # of the U-Net: float32, bfloat16, float16; auto: by device
     seed: int = 0                   # of everything random
 
     def __post_init__(self):
@@ -224,7 +224,7 @@ class Config:
 class Setup:
     """All that a run works with; `load_setup` in part II makes it."""
     cfg: Config
-    prompts: list          # for training, then held out; its place is a prompt's id
+    prompts: list          # training prompts, then held-out ones; a prompt's id is its place
     num_train: int         # how many of them are training prompts
     condition: dict        # what the U-Net is told: keyword tensors, a row for each
     #                        prompt id, then, for guidance, as many for the empty prompt
@@ -302,8 +302,7 @@ def rollout(setup: Setup, prompt_ids: Tensor, first_noisy: Tensor,
     prompt_ids = prompt_ids.repeat_interleave(K)                # (P,) -> (B,)
     first_noisy = first_noisy.repeat_interleave(K)
     clip_ids = torch.arange(len(prompt_ids), device=setup.device)
-    # Until noise parts them, clips that start from one noise are one.
-    start_ids = clip_ids
+    start_ids = clip_ids                # until noise parts them, clips of one start are one
     if cfg.starting_noise == "shared":
         start_ids = clip_ids - clip_ids % K                     # the group's first clip
     latents = randn(setup, len(clip_ids), generator)[start_ids]         # x_T
@@ -367,7 +366,7 @@ def optimizer_step(setup: Setup, number: int) -> float:
 
 def update(setup: Setup, rows: dict, epoch: int, generator: torch.Generator) -> dict:
     """STEP 5: clipped PPO on the R rows of `rollout`, with "advantage"; returns what to log."""
-    cfg, count = setup.cfg, len(rows["clip_id"])
+    cfg, count = setup.cfg, len(rows["step"])
     clip_range = cfg.clip_range * 16384 / math.prod(setup.latent_shape)
     order = torch.randperm(count, generator=generator).to(setup.device)
     minibatches = order.tensor_split(cfg.updates_per_epoch)
@@ -400,7 +399,8 @@ def update(setup: Setup, rows: dict, epoch: int, generator: torch.Generator) -> 
             for name, value in info.items():                    # means over all rows
                 log[name] = log.get(name, 0) + value.detach() * len(at) / count
         norm = optimizer_step(setup, epoch * cfg.updates_per_epoch + i)
-        log["grad_norm"] = max(log["grad_norm"], norm)
+        if math.isfinite(norm):                                 # or the scaler skipped the step
+            log["grad_norm"] = max(log["grad_norm"], norm)
     return {name: float(value) for name, value in log.items()}
 
 # ==== 6. The loop ====
@@ -469,15 +469,19 @@ def split_prompts(cfg: Config) -> tuple:
     return list(train.values()) + list(held_out.values()), len(train)
 
 # ==== 8. The model: a stock pipeline with a LoRA adapter ====
+def bundled(path: str) -> str:
+    """What stands under that name beside this script, if anything does; else `path` itself."""
+    return str(HERE / path) if (HERE / path).exists() else path
+
 def load_pipeline(model: str, device="cpu"):
     """AudioLDM(2)Pipeline in float32, eval mode; model: a `save_pretrained` folder or a hub id."""
     import torchaudio  # noqa: F401    first: if it is broken, those that import it hide why
     import diffusers
     import transformers
-    for library in (diffusers, transformers):  # silent
+    for library in (diffusers, transformers):  # one line an epoch is talk enough
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
-    parts = {}
+    model, parts = bundled(model), {}
     try:
         kind = diffusers.DiffusionPipeline.load_config(model)["_class_name"]
         if kind == "AudioLDM2Pipeline":  # its index names GPT2Model, which cannot generate
@@ -551,7 +555,7 @@ def load_setup(cfg: Config, prompts: list, num_train: int, reward=None) -> Setup
         if len(ids) > limit:
             lost = tokenizer.decode(ids[limit - 1:-1])
             print(f"warning: prompt cut to {limit} tokens, lost: {lost!r}", file=sys.stderr)
-    reward_name = getattr(reward, "__name__", "clap_reward")
+    reward_name = getattr(reward or clap_reward, "__name__", type(reward).__name__)
     if reward is None:
         reward = partial(clap_reward, load_clap(cfg.clap, tokenizer, device))
     condition = encode_prompts(pipeline, prompts)
@@ -598,7 +602,7 @@ def build_clap(sizes: dict) -> nn.ModuleDict:
         clap[side + "_projection"] = nn.Sequential(
             nn.Linear(width, shared), nn.ReLU(), nn.Linear(shared, shared))
     clap.audio_cfg = audio_cfg
-    return clap.eval().requires_grad_(False)
+    return clap.eval()
 
 def load_clap(checkpoint: str, tokenizer, device="cpu") -> nn.ModuleDict:
     """CLAP of a laion-clap checkpoint, a file or OWNER/REPO/FILE; tokenizer: RoBERTa's."""
@@ -611,7 +615,7 @@ def load_clap(checkpoint: str, tokenizer, device="cpu") -> nn.ModuleDict:
                (scalar, "numpy._core.multiarray.scalar"), np.dtypes.Float64DType]
     # What training needed and scoring does not. Any other weight that is left over is an error.
     unused = r"logit_scale|audio_transform|text_transform|text_branch.embeddings.position_ids"
-    path, weights = Path(checkpoint), {}
+    path, weights = Path(bundled(checkpoint)), {}
     try:
         if not path.is_file():  # fetched once; a download that was cut goes on
             owner, repo, file = checkpoint.split("/", 2)
@@ -727,19 +731,18 @@ def finish(setup: Setup, run: Path) -> None:
     with setup.unet.disable_adapter():
         sides = {"original": score_held_out(setup)}
     sides["fine-tuned"] = score_held_out(setup)
-    # The first clip of each prompt can be heard; the rewards at the end are means over all.
-    page = ("<!doctype html><html lang=en><meta charset=utf-8><title>Before and after</title>"
-            "<meta name=viewport content='width=device-width'><table>")
-    for i, prompt in enumerate(setup.prompts[-len(sides["original"][1]):]):
+    page = ("<!doctype html><html lang=en><meta charset=utf-8><style>audio {width: 28vw}</style>"
+            "<meta name=viewport content='width=device-width'><title>Before, after</title><table>")
+    before, after = (rewards.mean(1) for _, rewards in sides.values())
+    for i, prompt in enumerate(setup.prompts[-len(after):]):
         page += f"\n<tr><td>{html.escape(prompt)}"      # text, never a tag
         for side, (waveforms, rewards) in sides.items():
             name, wav = f"clips/{i:03}-{side}.wav", io.BytesIO()
-            sound = waveforms[i * EVAL_CLIPS].numpy()
+            sound = waveforms[i * rewards.shape[1]].numpy()
             soundfile.write(wav, sound, setup.sample_rate, format="WAV")
             write_file(run / name, wav.getvalue())
             page += f"<td>{side} {rewards[i, 0]:.2f}<br><audio controls src={name}></audio>"
     write_file(run / "index.html", (page + "\n</table>\n").encode())
-    before, after = (rewards.mean(dim=1) for _, rewards in sides.values())
     kind = "held-out" if setup.num_train < len(setup.prompts) else "training"
     print(f"{kind} prompts: reward {before.mean():.3f} -> {after.mean():.3f}, better for "
           f"{(after > before).sum()} of {len(after)}\nlisten: {run}/index.html", flush=True)
@@ -775,11 +778,11 @@ def resume_run(cfg: Config, run: Path, reward: Callable = None) -> tuple:
     from peft import set_peft_model_state_dict
     try:
         state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if state["reward"] != getattr(reward, "__name__", "clap_reward"):
-            raise ValueError(f"its reward was {state['reward']}; hand it to main()")
         if len(state["metrics"]) > cfg.epochs:
             raise ValueError(f"{len(state['metrics'])} epochs are done, more than --epochs")
         setup = load_setup(cfg, state["prompts"], state["num_train"], reward)
+        if state["reward"] != setup.reward_name:
+            raise ValueError(f"its reward was {state['reward']}; hand it to main()")
         if state["adapter"].keys() != adapter_state(setup.unet).keys():
             raise ValueError("its adapter is of another --model")
         set_peft_model_state_dict(setup.unet, state["adapter"])
@@ -789,16 +792,15 @@ def resume_run(cfg: Config, run: Path, reward: Callable = None) -> tuple:
         raise UserError(f"--resume {run}: cannot go on from checkpoint.pt: {error}")
     return setup, state["metrics"]
 
-# What may be chosen, and the smallest and largest numbers; others have to be above 0.
-CHOICES = {"starting_noise": ["shared", "own"],
-           "dtype": ["auto", "float32", "bfloat16", "float16"]}
-LIMITS = {"seconds": (0.1, 10), "num_steps": (2, 999), "clips_per_prompt": (2, 1e9),
-          "eval_guidance": (1, 1e9), "kl_weight": (0, 1e9), "seed": (0, 1e9)}
+CHOICES = {"starting_noise": ["shared", "own"], "dtype": "auto float32 bfloat16 float16".split()}
+LEAST = {"seconds": 0.1, "num_steps": 2, "clips_per_prompt": 2, "kl_weight": 0, "seed": 0}
+MOST = {"seconds": 10, "num_steps": 999}  # CLAP hears no more than 10 s
 
 def check_settings(cfg: Config) -> None:
     """UserError with flag, value and remedy where a value cannot work."""
     for f in dataclasses.fields(cfg):
-        value, (low, high) = getattr(cfg, f.name), LIMITS.get(f.name, (1e-9, 1e9))
+        value = getattr(cfg, f.name)
+        low, high = LEAST.get(f.name, 1e-9), MOST.get(f.name, 1e9)
         if f.type is not str and not low <= value <= high:      # NaN is not, either
             raise UserError(f"--{f.name.replace('_', '-')} {value}: use {low:g} to {high:g}")
     most = round(cfg.noise_until * cfg.num_steps)
@@ -816,7 +818,7 @@ def parse_args(argv=None) -> tuple:
     parser = argparse.ArgumentParser(  # SUPPRESS: a flag not given leaves no trace
         usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS,
         description=inspect.getsource(Config), formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run directory")
+    parser.add_argument("--resume", type=Path, help="the folder of a run to go on with")
     for f in dataclasses.fields(Config):
         flag = "--" + f.name.replace("_", "-")
         parser.add_argument(flag, type=f.type, choices=CHOICES.get(f.name))
@@ -825,7 +827,6 @@ def parse_args(argv=None) -> tuple:
     if run is None:
         return Config(**given), None
     try:
-        # Only its length, memory and place may change: one command line describes a run.
         fixed = given.keys() - {"epochs", "micro_batch", "model", "clap"}
         if fixed:
             raise ValueError(f"{' and '.join(sorted(fixed))} cannot change in mid-run")
@@ -848,7 +849,7 @@ def main(argv=None, reward: Callable = None) -> int:
             save_checkpoint(setup, run, metrics)
         else:
             setup, metrics = resume_run(cfg, run, reward)
-        write_file(run / "config.json", json.dumps(dataclasses.asdict(cfg), indent=1).encode())
+        write_file(run / "config.json", json.dumps(vars(cfg), indent=1).encode())
         advice = f"; --resume {run} goes on (short of memory: lower --micro-batch)"
         print(f"{run}: {setup.num_train} training, "
               f"{len(setup.prompts) - setup.num_train} held-out prompts", flush=True)
