@@ -58,6 +58,10 @@ def judge_audio_embeds(judge, waveforms: Tensor, sample_rate: int) -> Tensor:
         embeds.append(F.normalize(output.float(), dim=-1).cpu())
     return torch.cat(embeds)
 
+def is_bundled(path: str, name: str) -> bool:
+    """Whether a model or CLAP is the bundled one, by whatever path it was given."""
+    return Path(clap_ppo.bundled(path)).resolve() == HERE / name
+
 class Clips(NamedTuple):
     """n clips of each of M prompts, as heard by reward and judge."""
     waveforms: Tensor        # (M, n, samples)
@@ -273,7 +277,7 @@ def save_page(folder: Path, cfg, rows: list, result: dict, metrics: list, rate: 
               kind: str = "held-out prompts", name: str = "") -> None:
     """listen.html, the page beside this script, and data.js, what it shows of this run."""
     model = cfg.model
-    if cfg.model == clap_ppo.Config.model:
+    if is_bundled(cfg.model, "toy/pipeline"):
         model = "the small bundled model of synthetic sounds"
     about = (f"{kind.capitalize()}, by {model}: the original and the fine-tuned model from the "
              "same starting noise, played equally loud.")
@@ -365,7 +369,7 @@ def evaluate(run: Path, judge: str = "", noises: int = 4, guidance=(), best=(),
         raise UserError(f"{run}: not finished; go on with clap_ppo.py --resume {run}")
     if not judge:
         judge = "laion/larger_clap_general"
-        if cfg.clap == clap_ppo.Config.clap:            # it knows the bundled model's sounds alone
+        if is_bundled(cfg.clap, "toy/clap.pt"):         # it knows the bundled model's sounds alone
             judge = str(HERE / "toy/judge")
     ear = load_judge(judge, setup.device)
     base, tuned = make_base_clips(setup, ear, noises), make_clips(setup, ear, noises)
