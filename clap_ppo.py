@@ -70,7 +70,7 @@ from typing import Callable
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 # ################################### Part I: the method ###################################
@@ -124,7 +124,7 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
     if not (sigma > 0).all():  # what plain DDIM does has no density, only certainty
         raise ValueError("sigma is 0 (eta 0, or the last step with set_alpha_to_one)")
     # log N = -(x - mean)^2 / (2 sigma^2) - log sigma - log(2 pi) / 2, for each element
-    log_prob = -((x - mean) ** 2) / (2 * sigma ** 2) - sigma.log() - 0.5 * math.log(2 * math.pi)
+    log_prob = -(x - mean) ** 2 / (2 * sigma ** 2) - sigma.log() - 0.5 * math.log(2 * math.pi)
     # The mean over the D elements, not their sum. A sum grows with D, 1,024 for the toy's clips and
     # 16,384 for AudioLDM's of 5.12 s, and with it what a clip range means. exp(difference of means)
     # is the D-th root of the true ratio: GSPO's length-normalised ratio (Zheng et al. 2025).
@@ -270,11 +270,11 @@ def policy(setup: Setup, rows: dict, eta) -> tuple:
     sigma = ddim_sigma(alpha_bar_t, alpha_bar_prev, eta)
     return ddim_mean(noise_pred, rows["latents"], alpha_bar_t, alpha_bar_prev, sigma), sigma
 
-def randn(setup: Setup, rows: int, generator: torch.Generator) -> Tensor:
+def randn(setup: Setup, rows: int, generator: Generator) -> Tensor:
     """Noise (rows, C, H, W), drawn on the CPU so that a seed means the same on every device."""
     return torch.randn(rows, *setup.latent_shape, generator=generator).to(setup.device)
 
-def choose_prompts(setup: Setup, generator: torch.Generator) -> tuple:
+def choose_prompts(setup: Setup, generator: Generator) -> tuple:
     """STEP 1: the ids of P prompts (P,), and the first noisy step (P,) of each one's clips."""
     cfg, P = setup.cfg, setup.cfg.prompts_per_epoch
     order = torch.randperm(setup.num_train, generator=generator)
@@ -286,7 +286,7 @@ def choose_prompts(setup: Setup, generator: torch.Generator) -> tuple:
 
 @torch.no_grad()
 def rollout(setup: Setup, prompt_ids: Tensor, first_noisy: Tensor,
-            generator: torch.Generator) -> tuple:
+            generator: Generator) -> tuple:
     """STEP 2: K clips for each of P prompts, with noise in the window that begins at first_noisy.
 
     Returns the finished latents (B, C, H, W), group by group, and the table of R noisy steps: what
@@ -364,7 +364,7 @@ def optimizer_step(setup: Setup, number: int) -> float:
     optimizer.zero_grad()
     return norm
 
-def update(setup: Setup, rows: dict, epoch: int, generator: torch.Generator) -> dict:
+def update(setup: Setup, rows: dict, epoch: int, generator: Generator) -> dict:
     """STEP 5: clipped PPO on the R rows of `rollout`, with "advantage"; returns what to log."""
     cfg, count = setup.cfg, len(rows["step"])
     clip_range = cfg.clip_range * 16384 / math.prod(setup.latent_shape)
@@ -379,7 +379,7 @@ def update(setup: Setup, rows: dict, epoch: int, generator: torch.Generator) -> 
         for minibatch in minibatches:
             for at in minibatch.split(cfg.micro_batch):
                 rows["old_log_prob"][at] = replay(setup, take(rows, at))[0]
-                if cfg.kl_weight > 0:
+                if cfg.kl_weight:
                     with setup.unet.disable_adapter():  # where the base model would go
                         rows["mean_base"][at] = replay(setup, take(rows, at))[1]
     error = check_on_policy(setup, rows["old_log_prob"] - rows["log_prob"])
@@ -389,7 +389,7 @@ def update(setup: Setup, rows: dict, epoch: int, generator: torch.Generator) -> 
             part = take(rows, at)
             log_prob, mean, sigma = replay(setup, part)
             loss, info = ppo_loss(log_prob, part["old_log_prob"], part["advantage"], clip_range)
-            if cfg.kl_weight > 0:
+            if cfg.kl_weight:
                 info["kl_base"] = gaussian_kl(mean, part["mean_base"], sigma).mean()
                 loss = loss + cfg.kl_weight * info["kl_base"]
             # Gradients add up to that of the minibatch's mean. The micro-batch costs memory and
@@ -410,7 +410,7 @@ def train(setup: Setup, run: Path, metrics: list) -> None:
     for epoch in tqdm(range(done, cfg.epochs), initial=done, total=cfg.epochs, disable=None):
         began = time.time()
         # Random numbers belong to the epoch, not to the process: a resumed run repeats them.
-        generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + epoch)
+        generator = Generator().manual_seed(cfg.seed * 1_000_003 + epoch)
         prompt_ids, first_noisy = choose_prompts(setup, generator)              # STEP 1
         latents, rows = rollout(setup, prompt_ids, first_noisy, generator)      # STEP 2
         _, rewards = score_clips(setup, latents, prompt_ids)                    # STEP 3
@@ -423,7 +423,7 @@ def train(setup: Setup, run: Path, metrics: list) -> None:
         # Which prompts were drawn decides an epoch's reward, but not the mean of the last epochs.
         latest = [r["reward"] for r in metrics[-EVAL_EVERY:]]
         row["reward_mean"] = sum(latest) / len(latest)
-        row["reward_spread"] = rewards.std(dim=1).mean().item()
+        row["reward_spread"] = rewards.std(1).mean().item()
         row["seconds"] = round(time.time() - began, 2)
         if (epoch + 1) % EVAL_EVERY == 0:
             row["eval_reward"] = score_held_out(setup)[1].mean().item()
@@ -591,7 +591,7 @@ def build_clap(sizes: dict) -> nn.ModuleDict:
     from transformers import RobertaConfig, RobertaModel
     # `import laion_clap` fetches three tokenizers, and its CLAP class 500 MB of RoBERTa that the
     # checkpoint then replaces. So the audio tower is imported from the package's own folder.
-    sys.path.append(str(Path(find_spec("laion_clap").origin).parent))
+    sys.path.append(find_spec("laion_clap").submodule_search_locations[0])
     warnings.filterwarnings("ignore", message="torch.meshgrid")
     from clap_module.htsat import HTSAT_Swin_Transformer
     audio_cfg, shared = SimpleNamespace(**sizes["audio_cfg"]), sizes["joint_embed_shape"]
@@ -671,7 +671,7 @@ def clap_reward(clap, waveforms: Tensor, sample_rate: int, prompts: list) -> Ten
         text = clap["text_branch"](tokens["input_ids"], tokens["attention_mask"])
         texts[prompt] = F.normalize(clap["text_projection"](text.pooler_output))[0]
     text = torch.stack([texts[prompt] for prompt in prompts])                   # (N, E)
-    return (audio * text).sum(dim=1).cpu()
+    return (audio * text).sum(1).cpu()
 
 # ==== 10. Clips: decoded, scored, compared before and after ====
 @torch.no_grad()
@@ -708,7 +708,7 @@ def score_held_out(setup: Setup, clips: int = EVAL_CLIPS, seed: int = 999) -> tu
     scale, first = setup.cfg.eval_guidance, setup.num_train % len(setup.prompts)
     eval_ids = torch.arange(first, len(setup.prompts), device=setup.device)
     ids = eval_ids.repeat_interleave(clips)
-    generator = torch.Generator().manual_seed(setup.cfg.seed + seed)
+    generator = Generator().manual_seed(setup.cfg.seed + seed)
     rows = {"latents": randn(setup, len(ids), generator), "prompt_id": ids}
     rows["input_id"] = torch.arange(len(ids), device=setup.device)
     for step in range(setup.cfg.num_steps):
@@ -745,7 +745,7 @@ def finish(setup: Setup, run: Path) -> None:
     write_file(run / "index.html", (page + "\n</table>\n").encode())
     kind = "held-out" if setup.num_train < len(setup.prompts) else "training"
     print(f"{kind} prompts: reward {before.mean():.3f} -> {after.mean():.3f}, better for "
-          f"{(after > before).sum()} of {len(after)}\nlisten: {run}/index.html", flush=True)
+          f"{(after > before).sum()} of {len(after)}\nlisten: {run}/index.html")
 
 # ==== 11. Files, flags, main ====
 def write_file(path: Path, content: bytes) -> None:
