@@ -5,9 +5,8 @@
     pytest test_clap_ppo.py -m slow         # full-size CLAP, a killed process
 
 A claim about a sampler, a loss or a reward is worth what an independent reference says of it: here
-diffusers' own DDIM step, torch.distributions, REINFORCE by hand, a pipeline that has never heard of
-this script. Where a model is needed for the argument only, `Painter` is it, a network of one matrix
-of which every number can be foreseen; else it is the bundled toy setup, with budgets of seconds.
+diffusers' own DDIM step, torch.distributions, a pipeline that has never heard of this script. Where
+the argument needs any model, it is `Painter`, a network of one matrix; else it is the bundled toy.
 """
 
 import argparse
@@ -55,6 +54,7 @@ TRAIN_PROMPTS = ["birds chirp", "water flows", "snoring", "a dog is barking then
 HELD_OUT = ["a lion roaring", "wind blowing", "a man snores while leaves rustling"]
 
 # ==== 0. The cast ================================================================================
+
 def make_scheduler(**changes):
     """AudioLDM's DDIM scheduler, or one with other settings."""
     from diffusers import DDIMScheduler
@@ -165,17 +165,17 @@ def finished_run(run_flags, tmp_path_factory):
     done = run_process([sys.executable, "-c", code, *run_flags], cwd=folder,
                        env={**env, "HF_HOME": str(folder / "empty-cache")})
     assert done.returncode == 0, done.stderr[-2000:]
-    run = folder / "runs/seed-0"
-    return SimpleNamespace(out=done.stdout, folder=run, network=folder / "network.log")
+    return SimpleNamespace(out=done.stdout, folder=folder / "runs/seed-0",
+                           network=folder / "network.log")
 
 # ==== 1. A denoising step is a Gaussian policy ===================================================
-@pytest.mark.parametrize("spacing, offset, to_one, num_steps, eta", list(itertools.product(
+
+@pytest.mark.parametrize("spacing, offset, one, num_steps, eta", list(itertools.product(
     ("leading", "trailing", "linspace"), (0, 1), (True, False), (10, 7), (0.3, 1.0))))
-def test_a_step_is_that_of_diffusers(spacing, offset, to_one, num_steps, eta):
+def test_a_step_is_that_of_diffusers(spacing, offset, one, num_steps, eta):
     """With the same noise both land on the same x_{t-1}. Seven steps do not divide 1000, which is
     where a formula for the previous timestep goes wrong."""
-    scheduler = make_scheduler(timestep_spacing=spacing, steps_offset=offset,
-                               set_alpha_to_one=to_one)
+    scheduler = make_scheduler(timestep_spacing=spacing, steps_offset=offset, set_alpha_to_one=one)
     timesteps, alpha_bar_t, alpha_bar_prev = clap_ppo.ddim_schedule(scheduler, num_steps)
     assert timesteps.tolist() == scheduler.timesteps.tolist()
     for step, t in enumerate(scheduler.timesteps):
@@ -200,12 +200,15 @@ def test_log_prob_and_kl_are_those_of_torch_per_element_and_each_row_has_its_own
     with pytest.raises(ValueError, match="sigma is 0"):
         clap_ppo.gaussian_log_prob(x, mean, sigma * torch.tensor([1.0, 0.0, 1.0]).view(3, 1, 1, 1))
 
-def test_half_precision_goes_in_and_float32_comes_out():
-    """A ratio is clipped at 1e-4; bfloat16 has steps of 4e-3."""
+def test_half_precision_goes_in_and_float32_comes_out_and_never_nan():
+    """A ratio is clipped at 1e-4; bfloat16 has steps of 4e-3. At eta 1 no variance may be left."""
     latents, output = torch.randn(2, 2, 4, 3, 5, generator=seeded(0)).bfloat16()
     numbers = torch.tensor(0.5), torch.tensor(0.8), torch.tensor(0.2)
     mean = clap_ppo.ddim_mean(output, latents, *numbers)
     assert torch.equal(mean, clap_ppo.ddim_mean(output.float(), latents.float(), *numbers))
+    bars = torch.tensor(1e-8), torch.tensor(0.6)        # 1 - 0.6 - sigma^2 is -3e-8 in float32
+    sigma = clap_ppo.ddim_sigma(*bars, 1.0)
+    assert clap_ppo.ddim_mean(output, latents, *bars, sigma).isfinite().all()
 
 def naive_rollout(setup, starts):
     """What a rollout means, clip by clip, with diffusers' own scheduler: latents, {(clip, step):
@@ -248,6 +251,7 @@ def test_a_rollout_is_what_a_naive_loop_gives(monkeypatch, window, starts, noise
             torch.testing.assert_close(rows[name][row], x, rtol=1e-4, atol=1e-5)
 
 # ==== 2. Replaying a trajectory gives ratio 1 ====================================================
+
 @pytest.mark.parametrize("noise, rows_asked", [
     ("shared", [2, 5, 5, 8, 8]), ("own", [8, 8, 8, 8, 8])])
 def test_the_unet_answers_once_for_all_clips_that_are_still_one(noise, rows_asked):
@@ -264,8 +268,9 @@ def test_the_unet_answers_once_for_all_clips_that_are_still_one(noise, rows_aske
 @pytest.mark.parametrize("until, expected", [(1.0, {0, 1, 2, 3}), (0.5, {0, 1})])
 def test_windows_fall_everywhere_in_their_part_of_the_path(until, expected):
     """Of 6 steps, the last, 5, is never in a window of 2; --noise-until 0.5 keeps them within the
-    first three. Prompts repeat only if there are too few."""
+    first three. Prompts repeat only if there are too few, and held-out ones are never drawn."""
     setup, begins, counts = painter_setup(num_steps=6, noise_until=until), set(), []
+    setup.prompts.append("held out")
     for seed in range(20):
         ids, starts = clap_ppo.choose_prompts(setup, seeded(seed))
         begins |= set(starts.tolist())
@@ -284,9 +289,10 @@ def update_once(setup, rows, advantages=None, epoch=0):
 @contextlib.contextmanager
 def gpu(setup, error: float, dtype="float32"):
     """A copy of `setup`, with a step of noise among the first three of ten, on an emulated GPU. Its
-    kernels depend on the batch's shape: the U-Net's output is off by `error` of it. In TF32 and
-    bfloat16 that is 1 %, in float32 1e-7."""
-    cfg = dataclasses.replace(setup.cfg, num_steps=10, noise_window=1, noise_until=0.3)
+    kernels depend on the batch's shape and a row's place: the U-Net's output is off by `error` of
+    it. In TF32 and bfloat16 that is 1 %, in float32 1e-7."""
+    cfg = dataclasses.replace(setup.cfg, num_steps=10, noise_window=1, noise_until=0.3,
+                              starting_noise="own")
     copied = dataclasses.replace(setup, unet=copy.deepcopy(setup.unet), cfg=cfg,
                                  dtype=getattr(torch, dtype),
                                  schedule=clap_ppo.ddim_schedule(make_scheduler(), 10))
@@ -366,6 +372,7 @@ def test_on_a_cpu_in_float32_rollout_and_replay_are_equal():
             clap_ppo.check_on_policy(setup, torch.tensor([0.0, off]))
 
 # ==== 3. The reward ==============================================================================
+
 def tone(hz: float, sample_rate: int, seconds: float = 2.0) -> torch.Tensor:
     t = torch.arange(int(seconds * sample_rate)) / sample_rate
     return sum(0.3 / k * torch.sin(2 * math.pi * k * hz * t) for k in (1, 2, 3))[None]
@@ -411,7 +418,6 @@ def test_sounds_of_another_shape_type_or_unit_are_refused(clap, waveforms, rate)
         clap_ppo.clap_reward(clap, waveforms, rate, ["x"])
 
 NUMBERS = torch.tensor([1.0, 2.0, 3.0, 4.0])
-
 @pytest.mark.parametrize("returned, complaint", [
     (NUMBERS.tolist(), ""), (NUMBERS.numpy(), ""), (NUMBERS[:, None], ""), (NUMBERS.double(), ""),
     (NUMBERS.clone().requires_grad_() * 1, ""),
@@ -478,7 +484,6 @@ class Malice:                                   # unpickled, it leaves a file be
         return open, (self.path, "w")
 
 WEIGHT = "module.audio_projection.0.weight"
-
 @pytest.mark.parametrize("changes, complaint", [
     ({WEIGHT: None}, "Missing key"), ({WEIGHT: torch.ones(3, 3)}, "size mismatch"),
     ({"module.extra": torch.ones(1)}, "Unexpected key"), ({WEIGHT: Malice("pwned")}, ""),
@@ -498,6 +503,7 @@ def test_a_clap_that_does_not_fit_or_holds_code_is_refused(
     assert not Path("pwned").exists()
 
 # ==== 4. The advantage ===========================================================================
+
 @pytest.mark.parametrize("rewards, advantages", [
     ([[0, 1, 1, 2]], [[-2 ** 0.5, 0, 0, 2 ** 0.5]]),    # mean 1, deviation sqrt(1/2); stars will do
     ([[7, 7, 7]], [[0, 0, 0]]),                         # without spread: nothing
@@ -511,6 +517,7 @@ def test_an_advantage_says_how_much_better_a_clip_is_than_others_of_its_prompt(r
     torch.testing.assert_close(found, torch.tensor(advantages, dtype=torch.float32))
 
 # ==== 5. What clipping does, case by case ========================================================
+
 def test_clipping_stops_what_went_far_enough_and_nothing_else():
     """The clip range is 0.2. The loss is a mean over rows; the gradient of a row's term on its
     log-prob is -A * ratio, or 0 where clipped."""
@@ -543,15 +550,15 @@ def test_approx_kl_estimates_the_kl_and_is_never_negative():
         assert info["approx_kl"] >= 0 and info["approx_kl"] == pytest.approx(exact, 1e-2, 1e-12)
 
 # ==== 6. All of it learns ========================================================================
+
 @pytest.fixture
 def learner(monkeypatch):
     """Makes a painter's setup for `train`, whose "decoder" hands the latents on."""
     monkeypatch.setattr(clap_ppo, "decode", lambda setup, latents: latents.flatten(1))
     monkeypatch.setattr(clap_ppo, "WARMUP_UPDATES", 1)
 
-    def make(**changes):
-        setup = painter_setup(**{"num_steps": 6, "clips_per_prompt": 8, "learning_rate": 0.03}
-                                | changes)
+    def make(rate=0.03, **changes):
+        setup = painter_setup(num_steps=6, clips_per_prompt=8, learning_rate=rate, **changes)
         setup.optimizer = torch.optim.AdamW(setup.optimizer.param_groups[0]["params"])
         return setup
 
@@ -574,7 +581,7 @@ def test_a_policy_learns_what_its_prompts_want(learner, tmp_path, monkeypatch, s
 
 def test_every_epoch_has_its_own_noise_and_a_seed_fixes_it(learner, tmp_path):
     def rewards(epochs, seed):                   # of one policy, since it hardly learns
-        setup, metrics = learner(epochs=epochs, learning_rate=1e-9, seed=seed), []
+        setup, metrics = learner(rate=1e-9, epochs=epochs, seed=seed), []
         clap_ppo.train(setup, tmp_path, metrics)
         return [round(row["reward"], 4) for row in metrics]
 
@@ -588,10 +595,10 @@ def test_every_few_epochs_weights_are_kept_and_clips_scored(learner, tmp_path, m
     second, fourth = (metrics[i]["eval_reward"] for i in (1, 3))
     assert fourth == clap_ppo.score_held_out(setup)[1].mean().item() != second
     assert sum("eval_reward" in row for row in metrics) == 2
+    assert setup.optimizer.param_groups[0]["lr"] == pytest.approx(0.03 / 8)     # of 8 updates
     files = [(tmp_path / f"adapter/epoch-{n}.safetensors").read_bytes() for n in (2, 4)]
     assert files[1] == safetensors.torch.save(clap_ppo.adapter_state(setup.unet)) != files[0]
-    latest = [row["reward"] for row in metrics[2:]]
-    assert metrics[3]["reward_mean"] == pytest.approx(sum(latest) / 2)
+    assert metrics[3]["reward_mean"] == (metrics[2]["reward"] + metrics[3]["reward"]) / 2
 
 def test_the_micro_batch_changes_memory_and_speed_but_not_the_result(monkeypatch):
     """Also when the last one is smaller. Plain SGD, because Adam hides a wrong scale."""
@@ -657,11 +664,11 @@ def test_gradients_are_limited_and_one_that_is_not_finite_stops_the_run(monkeypa
     """One NaN in Adam's state is for ever. What is logged is the norm before."""
     monkeypatch.setattr(clap_ppo, "WARMUP_UPDATES", 1)
     setup = painter_setup(learning_rate=1.0, epochs=10**6)
-    norm, step, count = push(setup, 0, 5.0)
-    assert norm == pytest.approx(5 * count ** 0.5) and step == pytest.approx(1, rel=1e-3)
-    for slope in (math.nan, math.inf):
-        with pytest.raises(UserError, match="gradient is not finite"):
-            push(setup, 1, slope)
+    for number, slope in ((0, 5.0), (1, 3.0)):
+        norm, step, count = push(setup, number, slope)
+        assert norm == pytest.approx(slope * count ** 0.5) and step == pytest.approx(1, rel=1e-3)
+    with pytest.raises(UserError, match="gradient is not finite"):
+        push(setup, 2, math.nan)
 
 # ==== 7. Stop and resume =========================================================================
 
@@ -778,22 +785,21 @@ def quiet(waveforms, sample_rate, prompts):
     return -waveforms.square().mean(dim=1)
 
 def test_a_run_remembers_what_its_reward_was_called(run_flags, tmp_path, capsys):
-    """Resumed, or evaluated, with CLAP, it would be another run."""
     run = tmp_path / "run"
-    flags = [*run_flags, "--epochs", "1", "--out", str(run)]
-    assert clap_ppo.main(flags, reward=quiet) == 0
+    assert clap_ppo.main([*run_flags, "--epochs", "1", "--out", str(run)], reward=quiet) == 0
     code, err = run_main(capsys, "--resume", run, "--epochs", 2)
     assert code == 2 and "its reward was quiet" in err
     assert evaluate.main([str(run)]) == 2 and "quiet" in capsys.readouterr().err
     assert clap_ppo.main(["--resume", str(run), "--epochs", "2"], reward=quiet) == 0
+    assert evaluate.main([str(run), "--noises", "1"], reward=quiet) == 0
     flags = [str(run), "--noises", "1", "--judge", str(TOY / "judge")]
     assert evaluate.main(flags, reward=quiet) == 0
 
 def test_an_epoch_is_saved_before_it_is_shown(run_flags, tmp_path):
-    """`| head` closes the pipe: one line on stderr, and the epochs shown are kept."""
+    """`| head -1` closes the pipe: one line on stderr, and the epoch that it hid is kept."""
     command = shlex.join([sys.executable, str(HERE / "clap_ppo.py"), *run_flags])
-    done = run_process(f"{command} | head -2", shell=True, cwd=tmp_path)
-    assert "epoch 1/3" in done.stdout and len(done.stderr.splitlines()) <= 1, done.stderr
+    done = run_process(f"{command} | head -1", shell=True, cwd=tmp_path)
+    assert "4 training" in done.stdout and len(done.stderr.splitlines()) <= 1, done.stderr
     assert torch.load(tmp_path / "runs/seed-0/checkpoint.pt")["metrics"][0]["epoch"] == 1
 
 # ==== 8. Bad input ===============================================================================
@@ -826,7 +832,6 @@ def bad(tmp_path_factory, finished_run):
     return folder
 
 CLAP = ["--clap", str(TOY / "judge/../clap.pt")]
-
 @pytest.mark.parametrize("flags, complaint", [
     ("", "prompts prompts.txt: .*No such file.*samples/prompts.txt"),
     ("--prompts empty.txt", "empty.txt: no prompt in it"),
@@ -895,7 +900,7 @@ def test_a_single_prompt_trains_in_an_empty_folder_and_is_played_itself(tmp_path
     out = capsys.readouterr().out
     assert "1 training, 0 held-out prompts" in out and "training prompts: reward" in out
     assert evaluate.main([str(tmp_path / "run"), "--noises", "1"]) == 0
-    assert "Training prompts" in (tmp_path / "run/data.js").read_text()
+    assert "Training prompts, by the small bundled" in (tmp_path / "run/data.js").read_text()
 
 def test_the_part_of_a_prompt_that_clap_does_not_read_is_said_before_the_run(monkeypatch, capsys):
     """CLAP reads 77 tokens, of which 75 are words, also where the model's tokenizer takes 512."""
@@ -916,9 +921,7 @@ def test_a_run_leaves_what_was_promised_and_asks_nothing_of_the_network(finished
     """Every epoch began with ratio 1, to 1e-6 in float32."""
     run, (_, metrics, _) = finished_run.folder, results(finished_run.folder)
     assert not finished_run.network.exists(), finished_run.network.read_text()
-    assert [row["epoch"] for row in metrics] == [1, 2, 3]
     assert all(0 <= row["replay_error"] <= 1e-6 and row["approx_kl"] > 0 for row in metrics)
-    assert metrics[2]["reward_mean"] == pytest.approx(sum(row["reward"] for row in metrics) / 3)
     assert clap_ppo.Config(**json.loads((run / "config.json").read_text())).eval_guidance == 2.5
     assert len(list((run / "clips").iterdir())) == 2 * len(HELD_OUT)
     assert b".default." not in (run / "adapter/adapter_model.safetensors").read_bytes()  # peft's
@@ -1020,7 +1023,6 @@ def test_the_script_and_requirements_name_the_same_packages():
 README = (HERE / "README.md").read_text()
 
 def test_documented_code_works(prompt_file, finished_run, tmp_path, monkeypatch, capsys):
-    """Commands are understood; the README's Python runs in an empty folder, with a small budget."""
     commands = re.findall(r"^\s*(python clap_ppo\.py\b(?:.*\\\n)*.*)$", README + clap_ppo.__doc__,
                           flags=re.M)
     for command in commands:
@@ -1139,7 +1141,6 @@ def page_folder(tmp_path_factory) -> Path:
     return run
 
 CHROMIUM = "/usr/bin/chromium"                   # apt-get install chromium
-
 @pytest.fixture
 def page(page_folder):
     """The page as a double click opens it, offline; errors in its scripts fail the test."""
@@ -1197,7 +1198,6 @@ def test_the_blind_test_by_keyboard_and_its_rates(page, page_folder, tmp_path, c
         else:
             page.keyboard.press("p")
             right = item["captions"].index(page.evaluate(f"run.rows[{item['row']}].prompt"))
-            assert len(set(item["captions"])) == 4
             page.keyboard.press(str(1 + (right if item["side"] == "tuned" else (right + 1) % 4)))
     with page.expect_download() as download:
         page.keyboard.press("j")
@@ -1210,9 +1210,7 @@ def test_the_blind_test_by_keyboard_and_its_rates(page, page_folder, tmp_path, c
         assert [float(x) for x in shown] == pytest.approx(
             [rate["value"], rate["low"], rate["high"]], abs=5.1e-4)
     assert evaluate.main(["--pool", file]) == 0 and "0.938 [" in capsys.readouterr().out
-    for second, complaint in ((file, "listener again"), (__file__, "not a download")):
-        assert evaluate.main(["--pool", file, second]) == 2
-        assert complaint in capsys.readouterr().err
+    assert evaluate.main(["--pool", file, file]) == evaluate.main(["--pool", __file__]) == 2
 
 # ==== 11. Real models: the official formats, full-size CLAP, random weights ======================
 
@@ -1239,7 +1237,8 @@ def small_audioldm2(toy):
         vocabulary.append(("\u2581" + word, -3.0))
     language_model = GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=2, n_head=2, vocab_size=10))
     language_model.config.max_new_tokens = 8
-    return AudioLDM2Pipeline(vae=toy.vae, text_encoder=clap, text_encoder_2=T5EncoderModel(T5Config(
+    return AudioLDM2Pipeline(
+        vae=toy.vae, text_encoder=clap, text_encoder_2=T5EncoderModel(T5Config(
             vocab_size=len(vocabulary) + 100, d_model=32, d_kv=8, d_ff=32, num_layers=2,
             num_heads=4)),
         projection_model=AudioLDM2ProjectionModel(clap.config.projection_dim, 32, 24),
@@ -1258,9 +1257,8 @@ def narrow(tmp_path_factory):
         folder, build = tmp_path_factory.mktemp(family), globals()[f"small_{family}"]
         torch.manual_seed(0)
         build(stock_pipeline(TOY / "pipeline")).save_pretrained(folder)
-        index = (folder / "model_index.json").read_text()   # that on the hub names GPT2Model, which
-        (folder / "model_index.json").write_text(           # cannot generate
-            index.replace("GPT2LMHeadModel", "GPT2Model"))
+        index = folder / "model_index.json"     # on the hub it names a class that cannot generate
+        index.write_text(index.read_text().replace("GPT2LMHeadModel", "GPT2Model"))
         return folder
 
     return make
@@ -1299,7 +1297,7 @@ def test_float16_has_the_gradient_of_float32(narrow, monkeypatch, family):
         scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
         scaler.scale(torch.zeros(1))             # as if it had been used before
         update_once(dataclasses.replace(setup, dtype=dtype, scaler=scaler), rows)
-    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
+    assert not torch.equal(*gradients) and torch.cosine_similarity(*gradients, dim=0) > 0.999
 
 def test_a_loss_scale_survives_a_stop(run_flags, tmp_path, monkeypatch):
     flags = [*run_flags, "--dtype", "float16", "--epochs", "1", "--out", str(tmp_path / "run")]
@@ -1310,8 +1308,10 @@ def test_a_loss_scale_survives_a_stop(run_flags, tmp_path, monkeypatch):
     assert scaler["scale"] == 65536 and scaler["_growth_tracker"] == 2
 
 def test_float16_skips_a_step_that_overflows_but_not_for_ever():
-    """The scaler halves its scale until nothing is left to halve."""
+    """The scaler halves its scale until nothing is left to halve. The log takes no infinities."""
     setup = painter_setup(0.1, dtype="float16", epochs=100)
+    _, rows = roll(setup)
+    assert update_once(setup, rows, torch.full_like(rows["log_prob"], 1e12))["grad_norm"] == 0
     assert push(setup, 0, math.inf)[:2] == (math.inf, 0)
     norm, step, count = push(setup, 1, 1.0)
     assert norm == pytest.approx(count ** 0.5) and step > 0
