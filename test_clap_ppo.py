@@ -961,7 +961,7 @@ def test_the_adapter_gives_the_tuned_clips_in_a_plain_pipeline(finished_run):
     ("toy", 0.29), ("toy", 0.33), ("toy", 2.56), ("audioldm2", 0.33), slow("audioldm2", 2.57),
     slow("audioldm", 0.33)])
 def test_clips_are_those_of_the_stock_pipeline(narrow, prompt_file, tmp_path, family, seconds):
-    """With an adapter that is not zero. Rounding up first fails at 0.33 s, never doing it at 0.29."""
+    """With an adapter that is not zero. Always rounding up fails at 0.33 s, never at 0.29 s."""
     model = narrow(family)
     setup = load("--prompts", str(prompt_file), "--model", str(model), *CLAP, "--seconds",
                  str(seconds), "--num-steps", "4")
