@@ -473,6 +473,10 @@ def prompt_lists(seed=0):
     more = [("and", pair) for pair in pairs[1] + pairs[6][:4]]
     more += [("then", pair[::-1]) for pair in pairs[1][10:] + pairs[3] + pairs[4] + pairs[6][:4]]
     first, out, rest = ([caption(s, rng) for s in scenes] for scenes in (train, held_out, more))
+    trained = set(" ".join(first + rest).split())
+    for i, scene in enumerate(held_out):        # a new combination, but no new word
+        while not set(out[i].split()) <= trained:
+            out[i] = caption(scene, rng)
     return first + rest, out
 
 
