@@ -14,13 +14,16 @@ Everything is an instance of the class that the real models use, in the file for
     STAGE text       tokenizer, and a text encoder that learns to name a caption's events
     STAGE vae        AutoencoderKL: log-mel (1, 128, 64) <-> latents (8, 16, 8)
     STAGE vocoder    SpeechT5HifiGan: log-mel -> waveform; starts as an oscillator bank
-    STAGE unet       the diffusion model; 30 % of its captions are wrong, like some on the web,
-                     so it learns to ignore part of its prompt: what PPO is there to mend
+    STAGE unet       the diffusion model; its captions confuse related sounds and their order, as
+                     real ones do, and so does what it plays: what PPO is there to mend
     STAGE clap       the reward model, contrastive, on true captions
     STAGE judge      another CLAP: other class, sizes, seed and clips, vocoded and noisy copies too
     STAGE export     half precision, written to --out
 
-A stage that was cut goes on from its last minute; a finished one is skipped.
+A stage that was cut goes on from its last minute; a finished one is skipped. A stage that is asked
+for by name takes what it builds on from --out if the build folder does not have it, and `export`
+then replaces the U-Net alone: `--stage unet`, `--stage export` make another U-Net for the VAE, text
+encoder, vocoder, reward and judge that are there.
 """
 
 import argparse
@@ -46,7 +49,10 @@ HOP = 320                    # 50 mel frames per second: 2.56 s -> 128 frames
 FRAMES, MELS = 128, 64
 MAX_TOKENS = 77              # laion_clap pads every caption to 77 tokens
 EMBED = 64                   # width of the text embedding that conditions the U-Net
-WRONG_CAPTIONS = 0.3         # share of the U-Net's captions that are wrong
+# The U-Net's captions (toy_sounds.mishear, toy_sounds.mislabel):
+CONFUSED = 0.4               # share of the sounds that are told as the one they resemble
+DISORDERED = 0.5             # share of the "then" captions whose order is the reverse
+WRONG_CAPTIONS = 0.1         # share that is wrong at random besides
 
 
 # ------------------------------------------------------------------------------------------------
@@ -125,6 +131,15 @@ def train(name, module, loss_fn, args, steps, lr, batch, betas=(0.9, 0.99), weig
     partial.unlink(missing_ok=True)
     print(f"{name}: {steps} steps, smoothed loss {smooth:.4f}", flush=True)
     return module.eval()
+
+
+def exported(args, stage, name, kind):
+    """The module `name` of an earlier export, or None if `stage` has to make, or has made, its own.
+    """
+    folder, own = args.out / "pipeline" / name, args.build / f"{stage}.pt"
+    if args.stage in (None, stage) or own.exists() or not folder.exists():
+        return None
+    return kind.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def draw(generator, high, n):
@@ -244,7 +259,10 @@ def attributes(scene):
 
 def text_stage(args):
     """Text encoder (in place of CLAP's pre-trained one), trained to name events and their order."""
+    from transformers import ClapTextModelWithProjection
     tokenizer = make_tokenizer()
+    if encoder := exported(args, "text", "text_encoder", ClapTextModelWithProjection):
+        return tokenizer, encoder
     encoder = make_text_encoder(len(tokenizer))
     head = nn.Linear(EMBED, len(toy_sounds.EVENTS) * 6)
     module = nn.ModuleDict({"encoder": encoder, "head": head})
@@ -276,6 +294,8 @@ def embed_captions(tokenizer, encoder, captions):
 def vae_stage(args):
     """AutoencoderKL with factor 8: log-mel (B, 1, 128, 64) -> latents (B, 8, 16, 8)."""
     from diffusers import AutoencoderKL
+    if vae := exported(args, "vae", "vae", AutoencoderKL):
+        return vae
     torch.manual_seed(12)
     vae = AutoencoderKL(
         in_channels=1, out_channels=1, latent_channels=8, block_out_channels=(16, 16, 32, 64),
@@ -398,7 +418,7 @@ def make_scheduler():
 
 
 def unet_stage(args):
-    """U-Net conditioned through class_labels, as AudioLDM's; trained on mislabelled captions."""
+    """U-Net conditioned through class_labels, as AudioLDM's; trained on captions that err."""
     from diffusers import UNet2DConditionModel
     torch.manual_seed(14)
     channels = (32, 64, 96)
@@ -418,11 +438,13 @@ def unet_stage(args):
     with torch.no_grad():
         latents = torch.cat([vae.encode(mels[i:i + 100].float()[:, None]).latent_dist.mode()
                              for i in range(0, len(mels), 100)])
-    vae.register_to_config(scaling_factor=float(1 / latents.std()))
+    if vae.config.scaling_factor == 1:         # an exported VAE has its own
+        vae.register_to_config(scaling_factor=float(1 / latents.std()))
     latents = latents * vae.config.scaling_factor
-    # Three captions for each clip; about WRONG_CAPTIONS of the clips are mislabelled for good.
+    # Three captions for each clip, all of the same scene: whoever tells it errs once and for good.
     rng = np.random.default_rng(4)
-    told = [toy_sounds.mislabel(scene, rng, WRONG_CAPTIONS) for scene in scenes]
+    told = [toy_sounds.mislabel(toy_sounds.mishear(scene, rng, CONFUSED, DISORDERED), rng,
+                                WRONG_CAPTIONS) for scene in scenes]
     if not (args.build / "unet.pt").exists():
         texts = torch.stack([
             embed_captions(tokenizer, encoder, [write_caption(s, rng) for s in told])
@@ -643,6 +665,9 @@ def export_stage(args):
     from diffusers import AudioLDMPipeline
     from transformers import ClapProcessor
     vae, tokenizer, encoder, unet = unet_stage(args)
+    if [name for name in STAGES if (args.build / f"{name}.pt").exists()] == ["unet"]:
+        # Made for the rest of an earlier export, which stays as it is, byte for byte.
+        return unet.half().save_pretrained(args.out / "pipeline" / "unet")
     pipeline = AudioLDMPipeline(vae, encoder, tokenizer, unet, make_scheduler(),
                                 vocoder_stage(args))
     pipeline.to(torch.float16).save_pretrained(args.out / "pipeline")

@@ -362,6 +362,32 @@ def mislabel(scene, rng, p):
     return (relation if len(rest) > 1 else "single"), rest
 
 
+# Real captions err, and not at random. People who caption clips cannot see what they hear, and
+# search words that uploaders chose are vague: of sounds that are alike one is named for the other,
+# every time with the same few words. And a list of what is heard rarely keeps the order: data sets
+# made from tags have none. Errors at random average out, and classifier-free guidance sharpens what
+# is left. These do not: p(caption | sound) hardly favours the right caption, so that no guidance
+# finds it. But the right sound comes now and then, and a reward that knows it can make it frequent.
+RELATED = (("dog_bark", "dog_whimper"), ("water", "wind"), ("talk", "shout"),
+           ("birds", "whistle"), ("snore", "lion"), ("whoosh", "rustle"))
+
+
+def mishear(scene, rng, confused, disordered):
+    """The scene as someone tells it who confuses related sounds and does not keep the order.
+
+    Each pair of related sounds is confused with probability `confused`: one is told as the other,
+    and if the scene has both, they change places. A "then" is told backwards with probability
+    `disordered`.
+    """
+    relation, events = scene
+    told = {}
+    for one, other in RELATED:
+        swapped = rng.random() < confused
+        told[one], told[other] = (other, one) if swapped else (one, other)
+    backwards = rng.random() < disordered and relation == "then"
+    return relation, tuple(told[e] for e in (events[::-1] if backwards else events))
+
+
 # ------------------------------------------------------------------------------------------------
 # Scenes to words and back
 # ------------------------------------------------------------------------------------------------
