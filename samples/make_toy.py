@@ -32,6 +32,7 @@ import math
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -449,20 +450,24 @@ def unet_stage(args):
     if vae.config.scaling_factor == 1:         # an exported VAE has its own
         vae.register_to_config(scaling_factor=float(1 / latents.std()))
     latents = latents * vae.config.scaling_factor
+    # First captions that say what is heard, but for errors at random, then those that confuse: so
+    # the U-Net knows each sound and the order, and has learned not to trust the words. From scratch
+    # on the second kind alone it would never tell them apart, and PPO would have little to find.
     # Three captions for each clip, all of the same scene: whoever tells it errs once and for good.
-    rng = np.random.default_rng(4)
-    told = [toy_sounds.mislabel(toy_sounds.mishear(scene, rng, CONFUSED, DISORDERED), rng,
-                                WRONG_CAPTIONS) for scene in scenes]
-    if not (args.build / "unet.pt").exists():
-        texts = torch.stack([
-            embed_captions(tokenizer, encoder, [write_caption(s, rng) for s in told])
-            for _ in range(3)])
+    texts, rng = {}, np.random.default_rng(4)
+    for kind, confused, disordered in (("unet-first", 0, 0), ("unet", CONFUSED, DISORDERED)):
+        told = [toy_sounds.mislabel(toy_sounds.mishear(scene, rng, confused, disordered), rng,
+                                    WRONG_CAPTIONS) for scene in scenes]
+        if not (args.build / f"{kind}.pt").exists():
+            texts[kind] = torch.stack([
+                embed_captions(tokenizer, encoder, [write_caption(s, rng) for s in told])
+                for _ in range(3)])
     empty = embed_captions(tokenizer, encoder, [""])
     abar = make_scheduler().alphas_cumprod
 
-    def loss_fn(step, generator, batch):
+    def loss_fn(kind, step, generator, batch):
         clips, variant = draw(generator, len(latents), batch), draw(generator, 3, batch)
-        x0, condition = latents[clips], texts[variant, clips]
+        x0, condition = latents[clips], texts[kind][variant, clips]
         dropped = torch.rand(batch, 1, generator=generator) < 0.1      # for guidance
         condition = torch.where(dropped, empty, condition)
         t = draw(generator, 1000, batch)
@@ -474,8 +479,11 @@ def unet_stage(args):
         weight = torch.clamp(snr, max=5.0) / snr
         return (weight * (prediction - noise).square().mean(dim=(1, 2, 3))).mean()
 
-    train("unet", unet, loss_fn, args, steps=5500, lr=1.5e-3, batch=64, ema_decay=0.999,
-          weight_decay=0.01)
+    if not (args.build / "unet.pt").exists():
+        train("unet-first", unet, partial(loss_fn, "unet-first"), args, steps=5500, lr=1.5e-3,
+              batch=64, ema_decay=0.999, weight_decay=0.01)
+    train("unet", unet, partial(loss_fn, "unet"), args, steps=1000, lr=7e-4, batch=64,
+          ema_decay=0.99, weight_decay=0.01)
     return vae, tokenizer, encoder, unet
 
 
