@@ -182,6 +182,7 @@ MAX_GRAD_NORM = 1.0     # an emergency brake: healthy norms are a hundred times 
 REPLAY_LIMIT = 0.06     # difference of rollout and replay on a GPU, times 1 / sqrt(D)
 EVAL_EVERY = 25         # epochs between scores of held-out prompts, and between snapshots
 EVAL_CLIPS = 2          # clips of each held-out prompt, always of the same noises
+SAME = 0.1              # a prompt whose reward changed by less is called neither better nor worse
 HERE = Path(__file__).resolve().parent
 
 class UserError(ValueError):
@@ -731,21 +732,33 @@ def finish(setup: Setup, run: Path) -> None:
     with setup.unet.disable_adapter():
         sides = {"original": score_held_out(setup)}
     sides["fine-tuned"] = score_held_out(setup)
-    page = ("<!doctype html><html lang=en><meta charset=utf-8><style>audio {width: 28vw}</style>"
-            "<meta name=viewport content='width=device-width'><title>Before, after</title><table>")
     before, after = (rewards.mean(1) for _, rewards in sides.values())
-    for i, prompt in enumerate(setup.prompts[-len(after):]):
-        page += f"\n<tr><td>{html.escape(prompt)}"      # text, never a tag
+    change, prompts = after - before, setup.prompts[-len(after):]
+    page = ("<!doctype html><html lang=en><meta charset=utf-8><title>Before and after</title>"
+            "<meta name=viewport content='width=device-width'><style>audio {width: 28vw}</style>"
+            "<main><h1>Before and after: what changed most comes first</h1>\n<table>"
+            "<tr><th scope=col>prompt<th scope=col>original<th scope=col>fine-tuned")
+    for i in change.abs().argsort(descending=True).tolist():
+        prompt = html.escape(prompts[i])                # text, never a tag
+        page += f"\n<tr><th scope=row>{prompt}"
         for side, (waveforms, rewards) in sides.items():
             name, wav = f"clips/{i:03}-{side}.wav", io.BytesIO()
             sound = waveforms[i * rewards.shape[1]].numpy()
             soundfile.write(wav, sound, setup.sample_rate, format="WAV")
             write_file(run / name, wav.getvalue())
-            page += f"<td>{side} {rewards[i, 0]:.2f}<br><audio controls src={name}></audio>"
-    write_file(run / "index.html", (page + "\n</table>\n").encode())
+            page += (f"<td>{rewards[i, 0]:.2f}<br>"
+                     f"<audio controls src={name} aria-label='{prompt}, {side}'></audio>")
+    page += """
+</table></main><script>  // whatever begins to play, all else stops
+addEventListener("play", event => document.querySelectorAll("audio").forEach(
+    audio => audio === event.target || audio.pause()), true)</script>"""
+    write_file(run / "index.html", page.encode())
     kind = "held-out" if setup.num_train < len(setup.prompts) else "training"
-    print(f"{kind} prompts: reward {before.mean():.3f} -> {after.mean():.3f}, better for "
-          f"{(after > before).sum()} of {len(after)}\nlisten: {run}/index.html")
+    better, worse = (change > SAME).sum(), (change < -SAME).sum()
+    print(f"{kind} prompts, original -> fine-tuned, same noise, guidance {setup.cfg.eval_guidance}:"
+          f" reward {before.mean():.3f} -> {after.mean():.3f}\nof {len(change)} prompts {better} "
+          f"clearly better, {worse} clearly worse, the others within {SAME} of what they were\n"
+          f"listen: {run}/index.html")
 
 # ==== 11. Files, flags, main ====
 def write_file(path: Path, content: bytes) -> None:

@@ -927,7 +927,8 @@ def test_a_run_leaves_what_was_promised_and_asks_nothing_of_the_network(finished
     assert b".default." not in (run / "adapter/adapter_model.safetensors").read_bytes()  # peft's
     assert (run / "adapter/adapter_config.json").exists() and not list(run.rglob("tmp-*"))
     assert len(re.findall(r"^epoch \d/3  reward_mean ", finished_run.out, flags=re.M)) == 3
-    assert re.search(r"held-out prompts: reward \S+ -> \S+, better for \d of 3", finished_run.out)
+    assert re.search(r"guidance 2.5: reward \S+ -> \S+\nof 3 prompts \d clearly better, \d clearly "
+                     r"worse, the others within 0.1 of what they were\nlisten: ", finished_run.out)
 
 def stock_pipeline(model: Path, adapter: Path | None = None):
     """A pipeline that knows nothing of this script, with an adapter as the README loads it."""
@@ -1163,12 +1164,21 @@ def test_the_plain_page_of_a_run_plays_its_clips_and_prompts_are_text(
     assert page.locator("#rows h3").all_text_contents() == PAGE_PROMPTS
     setup = painter_setup()
     setup.prompts, setup.num_train = ["up", *NASTY], 1
-    clips = torch.zeros(2 * len(NASTY), 40960), torch.zeros(len(NASTY), 2)
-    monkeypatch.setattr(clap_ppo, "score_held_out", lambda *args: clips)
+    waves, rewards = torch.zeros(2 * len(NASTY), 40960), torch.zeros(len(NASTY), 2)
+    answers = [(waves, rewards), (waves, rewards - torch.arange(len(NASTY))[:, None])]
+    monkeypatch.setattr(clap_ppo, "score_held_out", lambda *args: answers.pop(0))
     clap_ppo.finish(setup, tmp_path)
+    page.goto((tmp_path / "index.html").as_uri())       # what changed most comes first
+    assert page.locator("tbody th[scope=row]").all_text_contents() == NASTY[::-1]
+    page.locator("h1").click()                          # or the browser lets nothing play
+    for i in (3, 4):                                    # one plays at a time
+        page.locator("audio").nth(i).evaluate("a => { a.loop = true; a.play().catch(() => 0) }")
+    page.wait_for_function("document.querySelectorAll('audio')[3].paused")
+    assert not page.locator("audio").nth(4).evaluate("a => a.paused")
     for folder, prompts in ((finished_run.folder, HELD_OUT), (tmp_path, NASTY)):
         page.goto((folder / "index.html").as_uri())
-        assert page.locator("td:first-child").all_text_contents() == prompts
+        rows = page.locator("th[scope=row]").all_text_contents()
+        assert sorted(rows) == sorted(prompts)
         players = "[...document.querySelectorAll('audio')]"
         page.wait_for_function(f"{players}.every(a => a.duration == 2.56)")
         assert page.locator("audio").count() == 2 * len(prompts)
