@@ -897,10 +897,11 @@ def test_a_single_prompt_trains_in_an_empty_folder_and_is_played_itself(tmp_path
     (tmp_path / "run").mkdir()
     flags = ["--prompts", tmp_path / "one.txt", *TINY, "--epochs", 1, "--out", tmp_path / "run"]
     assert clap_ppo.main([str(flag) for flag in flags]) == 0
+    assert evaluate.main([str(tmp_path / "run"), "--noises", "2"]) == 0
     out = capsys.readouterr().out
     assert "1 training, 0 held-out prompts" in out and "training prompts: reward" in out
-    assert evaluate.main([str(tmp_path / "run"), "--noises", "1"]) == 0
-    assert "Training prompts, by the small bundled" in (tmp_path / "run/data.js").read_text()
+    assert re.search(r"training prompts \(n = 2\)\n.*\nreward( +-?0\.\d{3}){4}\n", out)   # no intervals
+    assert "Training prompts, by samples/toy" in (tmp_path / "run/data.js").read_text()
 
 def test_the_part_of_a_prompt_that_clap_does_not_read_is_said_before_the_run(monkeypatch, capsys):
     """CLAP reads 77 tokens, of which 75 are words, also where the model's tokenizer takes 512."""
@@ -1086,12 +1087,24 @@ def test_best_of_n_takes_the_clip_that_the_reward_likes_best():
     torch.testing.assert_close(best.reward, torch.tensor([[0.9, 0.6], [0.8, 0.4]]))
     assert torch.equal(best.judge, torch.stack([judge[0, [1, 3]], judge[1, [0, 3]]]))
 
-def test_intervals_have_their_published_values():
-    for successes, n, low, high in ((0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (35, 50, 0.56, 0.81)):
-        interval = evaluate.wilson(successes, n)
-        assert (interval["low"], interval["high"]) == pytest.approx((low, high), abs=4e-3)
+def test_intervals_are_over_prompts_and_one_prompt_has_none():
+    """So the same clips three times over tell nothing new. Here base recognises every second prompt,
+    tuned two of three: 100 mended, 50 broken, and the judge tosses coins for the other 150."""
     interval = evaluate.bootstrap(torch.randn(400, generator=seeded(0)))
     assert interval["high"] - interval["low"] == pytest.approx(2 * 1.96 / 20, rel=0.15)
+    base, tuned = torch.rand(2, 300, 1, 300, generator=seeded(1))
+    place = torch.arange(300)
+    base[place, 0, place] += 2 * (place % 2)
+    tuned[place, 0, place] += 2 * (place % 3 > 0)
+    once, thrice = (evaluate.compare(make_clips(base.repeat(1, n, 1)),
+                                     make_clips(tuned.repeat(1, n, 1))) for n in (1, 3))
+    for name, share, prompts in (("wins", 2 / 3, 150), ("preference", 7 / 12, 300)):
+        assert thrice[name] == pytest.approx(once[name]) and thrice["mended"] == 3 * once["mended"]
+        width = 2 * 1.96 * (share * (1 - share) / prompts) ** 0.5
+        assert once[name]["value"] == pytest.approx(share, abs=width / 2)
+        assert once[name]["high"] - once[name]["low"] == pytest.approx(width, rel=0.15)
+    for sums in (torch.tensor([2.0]), torch.ones(9)):           # one prompt, or all alike
+        assert evaluate.bootstrap(sums)["low"] is evaluate.bootstrap(sums)["high"] is None
 
 def test_more_reward_with_less_of_the_judge_is_over_optimisation():
     rows = [{"epoch": e, "reward": {"value": r}, "judge_score": {"value": j}} for e, r, j in (
@@ -1128,7 +1141,7 @@ def page_folder(tmp_path_factory) -> Path:
     run, count = tmp_path_factory.mktemp("page"), len(PAGE_PROMPTS)
 
     def clips(first, level, judge):
-        waveforms = torch.cat([level * tone(first + 10 * i, 16000, 2.56) for i in range(count)])
+        waveforms = torch.cat([level * tone(first + 10 * i, 16000, 0.1) for i in range(count)])
         return evaluate.Clips(waveforms[:, None], torch.rand(count, 1, generator=seeded(first)),
                               judge * torch.eye(count)[:, None], torch.ones(count, 1, 4))
 
@@ -1137,8 +1150,7 @@ def page_folder(tmp_path_factory) -> Path:
     for row in rows:                             # nothing about a file tells which model made it
         waves = [soundfile.read(run / row[side]["file"])[0] for side in ("base", "tuned")]
         assert (waves[0] ** 2).mean() == pytest.approx((waves[1] ** 2).mean(), rel=0.01)
-    metrics = [{"epoch": 1, "reward": 0.3}, {"epoch": 2, "reward": 0.4, "eval_reward": 0.5}]
-    evaluate.save_page(run, config(), rows, evaluate.compare(base, tuned), metrics, 16000)
+    evaluate.save_page(run, config(), rows, evaluate.compare(base, tuned), 16000, "training prompts")
     return run
 
 CHROMIUM = "/usr/bin/chromium"                   # apt-get install chromium
@@ -1184,43 +1196,96 @@ def test_the_plain_page_of_a_run_plays_its_clips_and_prompts_are_text(
         assert page.locator("audio").count() == 2 * len(prompts)
         assert page.evaluate("window.pwned") is None
 
-def test_the_blind_test_by_keyboard_and_its_rates(page, page_folder, tmp_path, capsys):
-    """This listener recognises tuned clips only and prefers them, but for one. A slip of the finger
-    is taken back; a reload loses nothing. The rates shown are those that pooling finds."""
+def test_a_blind_test_hides_sides_and_anchors_and_one_clip_plays_at_a_time(page):
+    """By place in a thousand tests: an anchor, one of two in ten; A is tuned, or the prompt's clip.
+    An anchor is two clips by the base model, one of them of another prompt."""
+    plans = page.evaluate("Array.from({length: 1000}, () => makePlan(8))")
+    base = {row["base"]["file"]: row["prompt"] for row in page.evaluate("run.rows")}
+    seen = torch.zeros(10, 2)
+    for plan in plans:
+        for i, item in enumerate(plan[2:12]):
+            seen[i] += torch.tensor([item["task"] == "anchor", item["a"]["is"] in ("tuned", "own")])
+        anchors = [item for item in plan if item["task"] in ("anchor", "practice")]
+        assert len({item["prompt"] for item in anchors}) == 3
+        for item in anchors:
+            for clip in (item["a"], item["b"]):
+                assert (base[clip["file"]] == item["prompt"]) == (clip["is"] == "own")
+                assert clip["score"] == (clip["is"] == "own")
+    torch.testing.assert_close(seen / 1000, torch.tensor([[0.2, 0.5]] * 10), atol=0.1, rtol=0)
+    assert page.locator("#kind").text_content() == "Training prompts, by the judge"
+    page.locator("h1").click()                          # or the browser lets nothing play
+    for i in (0, 1):
+        page.locator("audio").nth(i).evaluate("a => { a.loop = true; a.play().catch(() => 0) }")
+    page.wait_for_function("document.querySelector('audio').paused")
+    assert not page.locator("audio").nth(1).evaluate("a => a.paused")
+
+def test_the_blind_test_by_keyboard_and_its_rates(page, tmp_path, capsys):
+    """This listener recognises tuned clips only and prefers them, but for one; no answer counts
+    before all of its question was played. A slip of the finger is taken back; a reload loses
+    nothing. Pooling finds the rates shown, and leaves out a listener who got an anchor wrong."""
+    def listen(letter: str) -> None:
+        page.keyboard.press(letter)
+        page.wait_for_function(f"!unheard.includes('{letter}')")
+
     page.locator("#to-blind").press("Enter")
-    page.select_option("#size", "8")
-    page.locator("button.main").press("Enter")
-    page.keyboard.press("1")
-    page.keyboard.press("Backspace")
-    for question in range(24):
-        assert f"Question {question + 1} of 24" in page.locator("#stage").text_content()
-        state = page.evaluate("JSON.parse(localStorage.getItem(KEY))")
-        item = state["plan"][question]
-        assert len(state["given"]) == question
-        if question in (3, 15):
+    page.locator("#start button").press("Enter")
+    assert page.evaluate("state") is None               # device and room are asked first
+    page.select_option("#device", "headphones")
+    page.select_option("#room", "quiet")
+    page.locator("#start button").press("Enter")
+    page.evaluate("$('player').defaultPlaybackRate = 0.0625")
+    page.keyboard.press("p")                            # half of this clip is not enough
+    page.wait_for_function("$('player').currentTime > 0.01")
+    plan = page.evaluate("state.plan")
+    undecided = [item["task"] for item in plan].index("preference")
+    for i, item in enumerate(plan):
+        if i in (5, 15):
             page.reload()
-            page.evaluate("mode('blind')")
-        if item["task"] == "pairs":
-            page.keyboard.press("a")
-            source = page.evaluate("document.getElementById('player').getAttribute('src')")
-            assert source == page.evaluate(f"run.rows[{item['row']}].{item['a']}.file")
-            page.keyboard.press("0" if question == 0 else "1" if item["a"] == "tuned" else "2")
-        else:
-            page.keyboard.press("p")
-            right = item["captions"].index(page.evaluate(f"run.rows[{item['row']}].prompt"))
-            page.keyboard.press(str(1 + (right if item["side"] == "tuned" else (right + 1) % 4)))
+        for letter in "p" if "file" in item else "ab":
+            page.evaluate("$('player').dispatchEvent(new Event('ended'))")  # of an earlier clip
+            page.keyboard.press("1")
+            assert page.evaluate("state.given.length") == i
+            assert "Before you answer, play" in page.locator("#status").text_content()
+            page.evaluate("$('player').defaultPlaybackRate = 1")
+            listen(letter)
+            assert page.locator("#player").get_attribute("src") == item.get(letter, item)["file"]
+        key = 1
+        if "captions" in item:
+            right = item["captions"].index(item["prompt"])
+            key = 1 + (right + (item["task"] == "recognition_base")) % 4
+        elif i == undecided:
+            key = 0
+        elif i > 0 and item["b"]["is"] in ("tuned", "own"):
+            key = 2
+        assert i < 2 or f"Question {i - 1} of 26" in page.locator("#stage").text_content()
+        page.keyboard.press(str(key))
+    page.keyboard.press("Backspace")
+    listen("p")
+    page.keyboard.press(str(key % 4 + 1))
+    page.keyboard.press("Backspace")
+    listen("p")
+    page.keyboard.press(str(key))
     with page.expect_download() as download:
         page.keyboard.press("j")
-    file = str(tmp_path / "listener.json")
-    download.value.save_as(file)
-    rates = evaluate.pool_listeners([file])
-    assert [rate["value"] for rate in rates.values()] == [7.5 / 8, 0, 1]
-    for name, rate in rates.items():
-        shown = re.findall(r"[\d.]+", page.locator(f"#{name}").text_content())
-        assert [float(x) for x in shown] == pytest.approx(
-            [rate["value"], rate["low"], rate["high"]], abs=5.1e-4)
-    assert evaluate.main(["--pool", file]) == 0 and "0.938 [" in capsys.readouterr().out
-    assert evaluate.main(["--pool", file, file]) == evaluate.main(["--pool", __file__]) == 2
+    careful, careless, other = (str(tmp_path / name) for name in ("1.json", "2.json", "3.json"))
+    download.value.save_as(careful)
+    data = json.loads(Path(careful).read_text())
+    assert (data["device"], data["room"], len(data["answers"])) == ("headphones", "quiet", 26)
+    data |= {"listener": "2", "answers": [answer | {"score": 0.5} for answer in data["answers"]]}
+    Path(careless).write_text(json.dumps(data))
+    Path(other).write_text(json.dumps(data | {"run": "another", "listener": "3"}))
+    for files, anchors in (([careful], 1), ([careful, careless], 0.75)):
+        rates = evaluate.pool_listeners(files)
+        assert [rates[task]["value"] for task in evaluate.TASKS] == [7.5 / 8, 0, 1, anchors]
+    shown = [page.locator(f"#{task}").text_content()[:7] for task in evaluate.TASKS]
+    assert shown == ["0.938 [", "0.000 [", "1.000 [", "1.000 ["]
+    for right, n, low, high in ((0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (35, 50, 0.56, 0.81)):
+        interval = page.evaluate(f"wilson({right}, {n})")
+        assert (interval["low"], interval["high"]) == pytest.approx((low, high), abs=4e-3)
+    assert evaluate.main(["--pool", careful, careless]) == 0
+    assert "left out: 1 of 2 listeners" in capsys.readouterr().out
+    for files in ([careful, careful], [careful, other], [__file__]):
+        assert evaluate.main(["--pool", *files]) == 2
 
 # ==== 11. Real models: the official formats, full-size CLAP, random weights ======================
 

@@ -7,17 +7,17 @@
 
 Never grade with the model that was trained on: the judge is another CLAP. Base and tuned model make
 clips of the held-out prompts (of the training prompts, if none is held out) from the same noise;
-intervals are 95 %, by bootstrap over prompts or Wilson's. Writes evaluation.json, curve.png and a
-page with a blind test, listen.html, into the run. A run with a reward of your own is evaluated from
-Python, `evaluate.main([run], reward=mine)`, as it was trained with `clap_ppo.main`.
+intervals are 95 %, by bootstrap over prompts. Writes evaluation.json, curve.png and a page with a
+blind test, listen.html, into the run. A run with a reward of your own is evaluated from Python,
+`evaluate.main([run], reward=mine)`, as it was trained with `clap_ppo.main`.
 """
 
 import argparse
-import base64
 import hashlib
 import json
-import math
+import shutil
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -58,10 +58,6 @@ def judge_audio_embeds(judge, waveforms: Tensor, sample_rate: int) -> Tensor:
         embeds.append(F.normalize(output.float(), dim=-1).cpu())
     return torch.cat(embeds)
 
-def is_bundled(path: str, name: str) -> bool:
-    """Whether a model or CLAP is the bundled one, by whatever path it was given."""
-    return Path(clap_ppo.bundled(path)).resolve() == HERE / name
-
 class Clips(NamedTuple):
     """n clips of each of M prompts, as heard by reward and judge."""
     waveforms: Tensor        # (M, n, samples)
@@ -70,28 +66,19 @@ class Clips(NamedTuple):
     embeds: Tensor           # (M, n, E), the judge's audio embeddings
 
 def compared_prompts(setup) -> list[str]:
-    """The prompts of which `score_held_out` makes clips."""
-    if setup.num_train < len(setup.prompts):
-        return setup.prompts[setup.num_train:]
-    return setup.prompts
+    """The prompts of which `score_held_out` makes clips: held-out ones, all if none is held out."""
+    return setup.prompts[setup.num_train % len(setup.prompts):]
 
 @torch.no_grad()
 def make_clips(setup, judge, n: int, guidance: float | None = None, seed: int = 999) -> Clips:
-    """n clips of each compared prompt, by the weights that are in the U-Net now.
-
-    guidance: another than the run's. With n = EVAL_CLIPS they are those that the run itself scored.
-    """
-    cfg = setup.cfg
+    """n clips of each compared prompt, by the weights that are in the U-Net now; guidance: another
+    than the run's. With n = EVAL_CLIPS they are those that the run itself scored."""
     if guidance is not None:
-        setup.cfg = replace(cfg, eval_guidance=guidance)
-    try:
-        waveforms, reward = clap_ppo.score_held_out(setup, n, seed)
-    finally:
-        setup.cfg = cfg
-    rate = setup.pipeline.vocoder.config.sampling_rate
-    embeds = judge_audio_embeds(judge, waveforms, rate).unflatten(0, (-1, n))
-    tokens = judge.processor.tokenizer(compared_prompts(setup), padding=True, truncation=True,
-                                       return_tensors="pt")
+        setup = replace(setup, cfg=replace(setup.cfg, eval_guidance=guidance))
+    waveforms, reward = clap_ppo.score_held_out(setup, n, seed)
+    embeds = judge_audio_embeds(judge, waveforms, setup.sample_rate).unflatten(0, (-1, n))
+    tokens = judge.processor.tokenizer(
+        compared_prompts(setup), padding=True, truncation=True, return_tensors="pt")
     texts = judge.get_text_features(**tokens.to(judge.device)).pooler_output
     texts = F.normalize(texts.float(), dim=-1).cpu()
     return Clips(waveforms.unflatten(0, (-1, n)), reward, embeds @ texts.T, embeds)
@@ -103,11 +90,11 @@ def make_base_clips(setup, *args) -> Clips:
 
 def best_of(clips: Clips, n: int) -> Clips:
     """Of every n clips of a prompt the one with the highest reward: what n reward calls buy."""
-    groups = Clips._make([x.unflatten(1, (-1, n)) for x in clips])  # (M, groups, n, ...)
-    best = groups.reward.argmax(dim=2)                              # (M, groups)
-    prompt = torch.arange(best.shape[0])[:, None]
-    group = torch.arange(best.shape[1])
-    return Clips._make([x[prompt, group, best] for x in groups])    # (M, groups, ...)
+    # (M, groups), a place in the group, then among all clips of the prompt
+    best = clips.reward.unflatten(1, (-1, n)).argmax(dim=2)
+    best += n * torch.arange(best.shape[1])
+    prompt = torch.arange(len(best))[:, None]
+    return Clips._make([x[prompt, best] for x in clips])
 
 # ==== 2. Statistics ====
 def recognised(clips: Clips) -> Tensor:
@@ -123,79 +110,91 @@ def per_prompt_metrics(clips: Clips) -> dict:
     """Each figure of merit as its mean over the clips of a prompt, (M,).
 
     diversity: mean pairwise cosine distance of a prompt's clips under the judge; diversity_right:
-    the same among its recognised clips (NaN with fewer than two), since mistakes are diverse, too.
+    of its recognised clips alone, since mistakes are diverse, too (NaN with fewer than two).
     loudness: RMS in dB of full scale. broken: silent (below -60 dBFS) or clipped (1 % of samples).
     """
-    right, n = recognised(clips), clips.reward.shape[1]
+    n = clips.reward.shape[1]
+    right = recognised(clips)
     power = clips.waveforms.square().mean(dim=-1)
     loudness = 10 * power.clamp(min=1e-12).log10()
     at_full_scale = (clips.waveforms.abs() > 0.999).float().mean(dim=-1)
-    of_clips = {"reward": clips.reward, "judge_score": own_scores(clips),
-                "recognition": right, "loudness": loudness,
-                "broken": (loudness < -60) | (at_full_scale > 0.01)}
-    metrics = {}
-    for name, values in of_clips.items():
-        metrics[name] = values.float().mean(dim=1)
+    broken = (loudness < -60) | (at_full_scale > 0.01)
+    of_clips = {"reward": clips.reward, "judge_score": own_scores(clips), "recognition": right,
+                "loudness": loudness, "broken": broken}
+    metrics = {name: values.float().mean(dim=1) for name, values in of_clips.items()}
     distance = 1 - clips.embeds @ clips.embeds.mT                           # (M, n, n)
     pairs = ~torch.eye(n, dtype=torch.bool).expand_as(distance)
     right_pairs = pairs & right[:, :, None] & right[:, None, :]
     for name, chosen in (("diversity", pairs), ("diversity_right", right_pairs)):
-        metrics[name] = (distance * chosen).sum(dim=(1, 2)) / chosen.sum(dim=(1, 2))
+        total = (distance * chosen).sum(dim=(1, 2))
+        metrics[name] = total / chosen.sum(dim=(1, 2))
     return metrics
 
-def bootstrap(values: Tensor, draws: int = 2000) -> dict | None:
-    """Mean over prompts and its 95 % percentile bootstrap interval; values (M,), NaNs left out."""
-    values = values[~values.isnan()]
-    count = len(values)
-    if count == 0:
+def bootstrap(sums: Tensor, counts: Tensor | None = None) -> dict | None:
+    """sum(sums) / sum(counts) with its 95 % percentile bootstrap interval; None of nothing.
+
+    sums, counts: (M,), of each prompt's clips. Without counts: the mean over prompts but NaNs.
+    """
+    if counts is None:
+        counts = torch.ones_like(sums)
+    known = (counts > 0) & ~sums.isnan()
+    sums = sums[known]
+    counts = counts[known]
+    size = len(sums)
+    if size == 0:
         return None
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(count, (draws, count), generator=generator)
-    means = values[drawn].mean(dim=1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
-    return {"value": values.mean().item(), "low": low, "high": high}
-
-def wilson(successes: float, n: int) -> dict | None:
-    """A share with its 95 % Wilson score interval; None of nothing."""
-    if n == 0:
-        return None
-    z, p = 1.959964, successes / n
-    centre = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    shrink = 1 + z * z / n
-    return {"value": p, "low": (centre - half) / shrink, "high": (centre + half) / shrink}
+    # What is drawn is prompts: clips of one prompt are alike, so clips would give too narrow ones.
+    drawn = torch.randint(size, (2000, size), generator=generator)
+    values = sums[drawn].sum(dim=1) / counts[drawn].sum(dim=1)
+    low, high = values.quantile(torch.tensor([0.025, 0.975])).tolist()
+    if low == high:             # one prompt, or all alike: drawing says nothing about the others
+        low = high = None
+    return {"value": (sums.sum() / counts.sum()).item(), "low": low, "high": high}
 
 def figures(clips: Clips) -> dict:
     """Every figure of merit with its interval."""
     return {name: bootstrap(values) for name, values in per_prompt_metrics(clips).items()}
 
 def compare(base: Clips, tuned: Clips) -> dict:
-    """Base, best of n and tuned, their paired differences, and what training did to single clips.
+    """Base, best of n and tuned, paired differences, and what training did to single clips.
 
     mended, broke: clips that only tuned, only base gets right; wins: the former among both.
     preference: share of same-noise pairs in which the judge scores tuned higher, ties half; where
     both are right that is a coin flip, so it cannot come near 1.
     """
     n = base.reward.shape[1]
-    before, after, differences = per_prompt_metrics(base), per_prompt_metrics(tuned), {}
+    before = per_prompt_metrics(base)
+    after = per_prompt_metrics(tuned)
+    differences = {}
     for name in before:
         differences[name] = bootstrap(after[name] - before[name])
-    right, was_right = recognised(tuned), recognised(base)
-    mended = (right & ~was_right).sum().item()
-    broke = (was_right & ~right).sum().item()
-    gain = own_scores(tuned) - own_scores(base)
-    ties = (gain == 0).sum().item()
-    preferred = (gain > 0).sum().item() + 0.5 * ties
-    return {"base": figures(base), "best_of_n": figures(best_of(base, n)),
-            "tuned": figures(tuned), "tuned_minus_base": differences,
-            "mended": mended, "broke": broke, "wins": wilson(mended, mended + broke),
-            "preference": wilson(preferred, gain.numel()), "n": n, "clips": gain.numel()}
+    was_right = recognised(base)
+    right = recognised(tuned)
+    mended = (right & ~was_right).sum(dim=1)                                # (M,)
+    broke = (was_right & ~right).sum(dim=1)
+    gain = own_scores(tuned) - own_scores(base)                             # (M, n)
+    preferred = (gain > 0).sum(dim=1) + 0.5 * (gain == 0).sum(dim=1)
+    return {
+        "base": figures(base),
+        "best_of_n": figures(best_of(base, n)),
+        "tuned": figures(tuned),
+        "tuned_minus_base": differences,
+        "mended": mended.sum().item(),
+        "broke": broke.sum().item(),
+        "wins": bootstrap(mended, mended + broke),
+        "preference": bootstrap(preferred / n),
+        "n": n,
+        "clips": gain.numel(),
+    }
 
 def over_optimised(rows: list) -> list[int]:
     """Epochs at which the reward is above, and the judge below, what the judge's best epoch had."""
-    found, best_reward, best_judge = [], -1.0, -1.0
+    found = []
+    best_reward = best_judge = -1.0
     for row in rows:
-        reward, judge = row["reward"]["value"], row["judge_score"]["value"]
+        reward = row["reward"]["value"]
+        judge = row["judge_score"]["value"]
         if judge >= best_judge:
             best_reward, best_judge = reward, judge
         elif reward > best_reward:
@@ -203,9 +202,11 @@ def over_optimised(rows: list) -> list[int]:
     return found
 
 def show(cell: dict | None) -> str:
-    """A figure with its interval."""
+    """A figure with its interval, where there is one."""
     if cell is None:
         return "-"
+    if cell["low"] is None:
+        return f"{cell['value']:.3f}"
     return f"{cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
 
 def print_line(label: str, width: int, cells: list[str]) -> None:
@@ -234,120 +235,121 @@ def print_evaluation(result: dict, kind: str = "held-out prompts") -> None:
               "over-optimisation", file=sys.stderr)
 
 # ==== 3. The page and the curve ====
-def mel_picture(waveform: Tensor, sample_rate: int, bands: int = 32, frames: int = 48) -> str:
-    """Mel spectrogram of a waveform (samples,), 60 dB deep: base64 of 4 bits a cell, by columns."""
+def mel_picture(waveform: Tensor, sample_rate: int) -> str:
+    """Mel spectrogram of a waveform (samples,): 48 frames of 32 bands, a byte each, 60 dB deep."""
     import torchaudio
-    filters = torchaudio.functional.melscale_fbanks(513, 0, sample_rate / 2, bands, sample_rate)
-    hop = math.ceil(len(waveform) / frames)
-    window = torch.hann_window(1024)
-    spectrum = torch.stft(waveform, 1024, hop, window=window, return_complex=True)
-    mel = filters.T @ spectrum.abs()[:, :frames]
-    decibels = 20 * mel.clamp(min=1e-6).log10()
-    levels = ((decibels - decibels.max() + 60) / 4).clamp(0, 15).round().byte().T.flatten()
-    pairs = levels[::2] * 16 + levels[1::2]
-    return base64.b64encode(pairs.numpy().tobytes()).decode()
+    hop = len(waveform) // 47
+    transform = torchaudio.transforms.MelSpectrogram(sample_rate, 1024, hop_length=hop, n_mels=32)
+    decibels = 10 * transform(waveform)[:, :48].clamp(min=1e-12).log10()
+    levels = 255 + 255 / 60 * (decibels - decibels.max())
+    return bytes(levels.clamp(min=0).T.flatten().int().tolist()).hex()
 
 def save_clips(folder: Path, base: Clips, tuned: Clips, prompts: list[str], rate: int,
                kind: str = "wav") -> list:
-    """Each prompt's first clip of base and tuned, in listen/; rows that say which is which.
-
-    In the blind test nothing may give a side away: files are named by a hash of what is in them,
-    and the louder clip of a pair is turned down to the RMS of the other.
-    """
+    """Each prompt's first clip of base and tuned, in listen/; rows that say which is which."""
+    # In the blind test nothing may give a side away: files are named by a hash of what is in them,
+    # and the louder clip of a pair is turned down to the RMS of the other.
     import soundfile
     (folder / "listen").mkdir(exist_ok=True)
-    rows, sides = [], {"base": base, "tuned": tuned}
+    rows = []
     for i, prompt in enumerate(prompts):
-        row, rms = {"prompt": prompt}, {}
-        for side, clips in sides.items():
-            rms[side] = clips.waveforms[i, 0].square().mean().sqrt().item()
-        level = max(min(rms.values()), 0.01)            # silence does not silence the other clip
-        for side, clips in sides.items():
-            waveform = clips.waveforms[i, 0] * min(1.0, level / max(rms[side], 1e-6))
+        pair = torch.stack([base.waveforms[i, 0], tuned.waveforms[i, 0]])
+        rms = pair.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-6)
+        level = rms.min().clamp(min=0.01)               # silence does not silence the other clip
+        pair *= (level / rms).clamp(max=1)
+        row = {"prompt": prompt}
+        for side, clips, waveform in (("base", base, pair[0]), ("tuned", tuned, pair[1])):
             digest = hashlib.sha256(waveform.numpy().tobytes()).hexdigest()[:16]
             file = f"listen/{digest}.{kind}"
             soundfile.write(folder / file, waveform.numpy(), rate)
             row[side] = {"file": file, "mel": mel_picture(waveform, rate),
-                         "reward": round(clips.reward[i, 0].item(), 4),
-                         "judge": round(clips.judge[i, 0, i].item(), 4)}
+                         "reward": clips.reward[i, 0].item(),
+                         "judge": clips.judge[i, 0, i].item()}
         rows.append(row)
+    add_anchors(rows, base)
     return rows
 
-def save_page(folder: Path, cfg, rows: list, result: dict, metrics: list, rate: int,
+def add_anchors(rows: list, base: Clips) -> None:
+    """Gives a quarter of the rows a pair for the blind test that no careful listener gets wrong.
+
+    A clip of the prompt against one of another prompt, by the base model, which no training has
+    spoilt: where, to the judge, they differ most.
+    """
+    scores = base.judge[:, 0]                           # (M, M), of the first clips: clip, prompt
+    gap, other = (scores.diag() - scores).max(dim=0)    # (M,), to the clip that fits it least
+    for i in gap.argsort(descending=True)[:max(3, len(rows) // 4)]:
+        if gap[i] > 0:
+            rows[i]["anchor"] = {"own": rows[i]["base"]["file"],
+                                 "other": rows[other[i]]["base"]["file"]}
+
+def save_page(folder: Path, cfg, rows: list, result: dict, rate: int,
               kind: str = "held-out prompts", name: str = "") -> None:
     """listen.html, the page beside this script, and data.js, what it shows of this run."""
-    model = cfg.model
-    if is_bundled(cfg.model, "toy/pipeline"):
-        model = "the small bundled model of synthetic sounds"
-    about = (f"{kind.capitalize()}, by {model}: the original and the fine-tuned model from the "
+    about = (f"{kind.capitalize()}, by {cfg.model}: the original and the fine-tuned model from the "
              "same starting noise, played equally loud.")
-    prompts = [row["prompt"] for row in rows]
-    identity = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:12]
-    here = f"{clap_ppo.HERE}/"                          # not to be told: this machine's folders
-    facts = {"model": cfg.model.removeprefix(here), "clap": cfg.clap.removeprefix(here),
-             "seed": cfg.seed, "epochs": cfg.epochs}
-    curve = []
-    for row in metrics:
-        curve.append({key: row.get(key) for key in ("epoch", "reward", "eval_reward")})
-    data = {"name": name or folder.name, "id": f"{folder.name}-{identity}", "about": about,
-            "facts": facts, "rows": rows, "seconds": cfg.seconds, "sample_rate": rate,
-            "evaluation": result, "metrics": curve}
+    identity = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]   # of the clips, too
+    data = {"name": name or folder.name, "id": identity, "about": about, "kind": kind,
+            "rows": rows, "seconds": cfg.seconds, "sample_rate": rate, "evaluation": result}
     (folder / "data.js").write_text(f"window.CLAP_PPO_RUN = {json.dumps(data)};\n")
-    (folder / "listen.html").write_bytes((HERE / "listen.html").read_bytes())
+    shutil.copy(HERE / "listen.html", folder)
 
-def save_curve(path: Path, metrics: list, result: dict,
-               kind: str = "held-out prompts") -> None:
+def save_curve(path: Path, metrics: list, result: dict, kind: str) -> None:
     """The reward by epoch, of the rollouts and of the compared prompts, and what the judge says."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
-    epochs = [row["epoch"] for row in metrics]
-    kept = {0: result["base"]["reward"]["value"], len(metrics): result["tuned"]["reward"]["value"]}
+    scores = {0: result["base"]["reward"]["value"]}
     for row in metrics:
         if "eval_reward" in row:
-            kept[row["epoch"]] = row["eval_reward"]
-    for key, alpha, of in (("reward", 0.3, "an epoch's"), ("reward_mean", 0.7, "the last epochs'")):
-        axes.plot(epochs, [row[key] for row in metrics], color="C0", alpha=alpha,
-                  label=f"reward of {of} rollouts")
-    epochs = sorted(kept)
-    axes.plot(epochs, [kept[epoch] for epoch in epochs], "o-", color="C0",
-              label=f"reward on {kind}")
-    if result.get("snapshots"):
-        judged = {0: result["base"]["judge_score"]["value"]}
-        for row in result["snapshots"]:
-            judged[row["epoch"]] = row["judge_score"]["value"]
-        axes.plot(list(judged), list(judged.values()), "s-", color="C1", label=f"judge on {kind}")
+            scores[row["epoch"]] = row["eval_reward"]
+    scores[len(metrics)] = result["tuned"]["reward"]["value"]
+    epochs = [row["epoch"] for row in metrics]
+    rewards = [row["reward_mean"] for row in metrics]
+    axes.plot(epochs, rewards, color="C7", label="reward of the last epochs' rollouts")
+    axes.plot(list(scores), list(scores.values()), "o-", label=f"reward on {kind}")
+    if result["snapshots"]:
+        epochs = [row["epoch"] for row in result["snapshots"]]
+        judged = [row["judge_score"]["value"] for row in result["snapshots"]]
+        axes.plot(epochs, judged, "s-", label=f"judge on {kind}")
     axes.set(xlabel="epoch (0: the base model)", ylabel="reward; judge: cosine of clip and prompt")
     axes.legend()
     figure.savefig(path, dpi=120, format="png")
 
 # ==== 4. Listeners ====
-def pool_listeners(paths: list[str]) -> dict:
-    """Preference and recognition rates of what listeners downloaded at the end of a blind test.
+TASKS = ["preference", "recognition_base", "recognition_tuned", "anchor"]
 
-    Answers of one listener are not independent: of few listeners the true intervals are wider.
-    """
-    worth = {"tuned": 1.0, "none": 0.5, "base": 0.0}            # no difference counts half
-    wins, right = [], {"base": [], "tuned": []}
+def pool_listeners(paths: list[str]) -> dict:
+    """Prints and returns the rates of what listeners downloaded at the end of a blind test. Answers
+    of one listener are not independent: of few listeners the true intervals are wider."""
+    sums = {task: Counter() for task in TASKS}          # of scores, by prompt
+    counts = {task: Counter() for task in TASKS}
     listeners, runs = set(), set()
+    left_out = 0
     for path in paths:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-            for answer in data["answers"]:
-                if answer["task"] == "preference":
-                    wins.append(worth[answer["chosen"]])
-                else:
-                    right[answer["side"]].append(answer["right"])
-            listener = data["listener"]
+            listeners.add(data["listener"])
             runs.add(data["run"])
+            anchors = [answer["score"] for answer in data["answers"] if answer["task"] == "anchor"]
+            careless = min(anchors, default=1) < 1
+            left_out += careless
+            for answer in data["answers"]:
+                task = answer["task"]
+                if task == "anchor" or not careless:
+                    sums[task][answer["prompt"]] += answer["score"]
+                    counts[task][answer["prompt"]] += 1
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a download of the listening page ({error})") from None
-        if listener in listeners or len(runs) > 1:
-            raise UserError(f"{path}: a listener again, or another run; pool each listener once")
-        listeners.add(listener)
-    rates = {"preference": wilson(sum(wins), len(wins))}
-    for side in ("base", "tuned"):
-        rates[f"recognition_{side}"] = wilson(sum(right[side]), len(right[side]))
+    if len(listeners) < len(paths) or len(runs) > 1:
+        raise UserError("--pool: a listener twice, or answers about several evaluations")
+    print(f"left out: {left_out} of {len(listeners)} listeners, who took a clip of another prompt "
+          "for the better one, or heard no difference")
+    rates = {"listeners": len(listeners), "left_out": left_out}
+    for task in TASKS:
+        successes = torch.tensor(list(sums[task].values()))
+        trials = torch.tensor(list(counts[task].values()))
+        rates[task] = bootstrap(successes, trials)
+        print(f"{task:<18}{show(rates[task])}")
     return rates
 
 # ==== 5. Command line ====
@@ -369,46 +371,40 @@ def evaluate(run: Path, judge: str = "", noises: int = 4, guidance=(), best=(),
         raise UserError(f"{run}: not finished; go on with clap_ppo.py --resume {run}")
     if not judge:
         judge = "laion/larger_clap_general"
-        if is_bundled(cfg.clap, "toy/clap.pt"):         # it knows the bundled model's sounds alone
-            judge = str(HERE / "toy/judge")
+        if Path(clap_ppo.bundled(cfg.clap)).resolve() == HERE / "toy/clap.pt":
+            judge = str(HERE / "toy/judge")             # it knows the bundled model's sounds alone
     ear = load_judge(judge, setup.device)
-    base, tuned = make_base_clips(setup, ear, noises), make_clips(setup, ear, noises)
-    result = compare(base, tuned)
-    result["guidance"] = []
+    base = make_base_clips(setup, ear, noises)
+    tuned = make_clips(setup, ear, noises)
+    result = compare(base, tuned) | {"guidance": [], "best_of": [], "snapshots": []}
     for name, make in (("base", make_base_clips), ("tuned", make_clips)):
         for scale in guidance:
             row = {"label": f"{name}, guidance {scale:g}", "scale": scale, "model": name}
             result["guidance"].append(row | figures(make(setup, ear, noises, scale)))
-    result["best_of"] = []
-    if best:
-        many = make_base_clips(setup, ear, noises * max(best), None, 0)     # other noise: seed 0
     for n in best:
-        some = Clips._make([x[:, :noises * n] for x in many])
+        many = make_base_clips(setup, ear, noises * n, None, 0)             # other noise: seed 0
         row = {"label": f"base, best of {n}", "n": n}
-        result["best_of"].append(row | figures(best_of(some, n)))
-    result["snapshots"] = []
+        result["best_of"].append(row | figures(best_of(many, n)))
     if snapshots:
-        kept, final = {}, clap_ppo.adapter_state(setup.unet)
+        files = {cfg.epochs: run / "adapter/adapter_model.safetensors"}
         for file in (run / "adapter").glob("epoch-*.safetensors"):
-            kept[int(file.stem[6:])] = load_file(file)
-        # Copies, since these are the U-Net's own; loaded last, so they are in it again at the end.
-        kept[cfg.epochs] = {name: weight.clone() for name, weight in final.items()}
-        for epoch in sorted(kept):
-            set_peft_model_state_dict(setup.unet, kept[epoch])
+            files.setdefault(int(file.stem[6:]), file)
+        for epoch, file in sorted(files.items()):       # at the end the tuned model is loaded again
+            set_peft_model_state_dict(setup.unet, load_file(file))
             row = {"label": str(epoch), "epoch": epoch}
             result["snapshots"].append(row | figures(make_clips(setup, ear, noises)))
     (run / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
-    prompts, rate = compared_prompts(setup), setup.pipeline.vocoder.config.sampling_rate
     kind = "training prompts" if setup.num_train == len(setup.prompts) else "held-out prompts"
     print_evaluation(result, kind)
     save_curve(run / "curve.png", metrics, result, kind)
-    save_page(run, cfg, save_clips(run, base, tuned, prompts, rate), result, metrics, rate, kind)
+    rows = save_clips(run, base, tuned, compared_prompts(setup), setup.sample_rate)
+    save_page(run, cfg, rows, result, setup.sample_rate, kind)
     print(f"\nlisten: {run}/listen.html   curve: {run}/curve.png")
     return result
 
 def main(argv=None, reward: Callable | None = None) -> int:
     """Exit code: 0, or 2 after one line about a mistake."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], usage=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("run", nargs="?", default="runs/seed-0", help="a finished run's directory")
     parser.add_argument("--judge", default="", help="a transformers ClapModel: folder or hub id")
     parser.add_argument("--noises", type=int, default=4, help="clips per held-out prompt")
@@ -419,8 +415,7 @@ def main(argv=None, reward: Callable | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.pool:
-            for name, rate in pool_listeners(args.pool).items():
-                print(f"{name:<18}{show(rate)}")
+            pool_listeners(args.pool)
         else:
             evaluate(Path(args.run), args.judge, args.noises, args.guidance, args.best_of,
                      args.snapshots, reward)

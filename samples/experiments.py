@@ -398,7 +398,7 @@ def make_demo(run: Path, log: Path, demo: Path = HERE / "demo") -> None:
     for row in rows[:len(published)]:
         row["note"] = "one of the method's six published prompts, in the toy's voice"
     result = json.loads((run / "evaluation.json").read_text())
-    evaluate.save_page(demo, cfg, rows, result, read_metrics(run), 16000, name="the bundled model")
+    evaluate.save_page(demo, cfg, rows, result, 16000, name="the bundled model")
 
 # ==== 6. Command line ====
 def main(argv: list) -> None:
