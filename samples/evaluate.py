@@ -133,7 +133,7 @@ def per_prompt_metrics(clips: Clips) -> dict:
 def bootstrap(sums: Tensor, counts: Tensor | None = None) -> dict | None:
     """sum(sums) / sum(counts) with its 95 % percentile bootstrap interval; None of nothing.
 
-    sums, counts: (M,), of each prompt's clips. Without counts: the mean over prompts but NaNs.
+    sums, counts: (M,), of each prompt's clips. Without counts: a mean over prompts without NaNs.
     """
     if counts is None:
         counts = torch.ones_like(sums)
@@ -144,7 +144,7 @@ def bootstrap(sums: Tensor, counts: Tensor | None = None) -> dict | None:
     if size == 0:
         return None
     generator = torch.Generator().manual_seed(0)
-    # What is drawn is prompts: clips of one prompt are alike, so clips would give too narrow ones.
+    # Prompts are drawn, not clips: those of one prompt are alike, and would make it too narrow.
     drawn = torch.randint(size, (2000, size), generator=generator)
     values = sums[drawn].sum(dim=1) / counts[drawn].sum(dim=1)
     low, high = values.quantile(torch.tensor([0.025, 0.975])).tolist()
@@ -275,8 +275,8 @@ def add_anchors(rows: list, base: Clips) -> None:
     A clip of the prompt against one of another prompt, by the base model, which no training has
     spoilt: where, to the judge, they differ most.
     """
-    scores = base.judge[:, 0]                           # (M, M), of the first clips: clip, prompt
-    gap, other = (scores.diag() - scores).max(dim=0)    # (M,), to the clip that fits it least
+    scores = base.judge[:, 0]                           # (M, M): each prompt's first clip, prompt
+    gap, other = (scores.diag() - scores).max(dim=0)    # (M,): to the clip that fits it least
     for i in gap.argsort(descending=True)[:max(3, len(rows) // 4)]:
         if gap[i] > 0:
             rows[i]["anchor"] = {"own": rows[i]["base"]["file"],
