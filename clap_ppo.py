@@ -39,9 +39,9 @@ P prompts, K clips per prompt, B = P * K, T steps, R rows of the table, D = C * 
 
 Where this differs from DDPO (Black et al. 2023), and why:
     1. The K clips of a prompt start from one x_T: its luck need not enter the advantage.
-    2. Noise is added in one early step, where it is decided which sounds there will be; the others
-       are plain DDIM. So the clips of a group differ by one action, whose x_t they share: the U-Net
-       answers once for all. Textbook: `--noise-window 10 --noise-until 1 --starting-noise own`.
+    2. Noise is added in three early steps, where it is decided which sounds there will be; the
+       others are plain DDIM. Up to its first action a group shares x_t, and the U-Net answers once
+       for all. Textbook: `--noise-window 10 --noise-until 1 --starting-noise own`.
     3. Advantages use the statistics of this epoch's K clips of the prompt, no running buffer.
     4. The policy is trained without classifier-free guidance, at half the cost.
     5. The last step is sampled but not trained: its sigma is so small that its log-prob is noise.
@@ -180,7 +180,7 @@ ETA = 1.0               # noise of a noisy step in units of DDPM's; with less, l
 WARMUP_UPDATES = 10     # Adam's first steps have size lr in every weight, so lr rises from 0
 MAX_GRAD_NORM = 1.0     # an emergency brake: healthy norms are a hundred times smaller
 REPLAY_LIMIT = 0.06     # difference of rollout and replay on a GPU, times 1 / sqrt(D)
-EVAL_EVERY = 25         # epochs between scores of held-out prompts, and between snapshots
+EVAL_EVERY = 20         # epochs between scores of held-out prompts, and between snapshots
 EVAL_CLIPS = 2          # clips of each held-out prompt, always of the same noises
 SAME = 0.1              # a prompt whose reward changed by less is called neither better nor worse
 HERE = Path(__file__).resolve().parent
@@ -198,11 +198,11 @@ class Config:
     clap: str = "samples/toy/clap.pt"  # laion-clap file, or OWNER/REPO/FILE of the hub
     seconds: float = 2.56           # length of a clip; at most 10, CLAP hears no more
     num_steps: int = 10             # T, denoising steps per clip; usual: 10 to 50
-    noise_window: int = 1           # consecutive noisy steps per clip
+    noise_window: int = 3           # consecutive noisy steps per clip
     noise_until: float = 0.3        # they lie in this first part of the steps
     starting_noise: str = "shared"  # x_T of a prompt's clips: shared, or each its own
-    eval_guidance: float = 2.0      # guidance of the clips that are compared; 1: none
-    epochs: int = 100               # rounds of rollout and update
+    eval_guidance: float = 1.0      # guidance of the clips that are compared; 1: none
+    epochs: int = 80                # rounds of rollout and update
     prompts_per_epoch: int = 16     # P
     clips_per_prompt: int = 8       # K, clips compared with each other; at best 8 or more
     updates_per_epoch: int = 4      # optimiser steps, each on its share of the rows
@@ -428,7 +428,8 @@ def train(setup: Setup, run: Path, metrics: list) -> None:
         row["seconds"] = round(time.time() - began, 2)
         if (epoch + 1) % EVAL_EVERY == 0:
             row["eval_reward"] = score_held_out(setup)[1].mean().item()
-            save_adapter(setup, run / f"adapter/epoch-{epoch + 1}.safetensors")
+            snapshot = safetensors.torch.save(adapter_state(setup.unet))
+            write_file(run / f"adapter/epoch-{epoch + 1}.safetensors", snapshot)
         save_checkpoint(setup, run, metrics)    # saved before it is shown
         shown = "reward_mean reward_spread approx_kl clip_fraction seconds eval_reward".split()
         text = [f"{name} {row[name]:.3g}" for name in shown if name in row]
@@ -679,10 +680,9 @@ def clap_reward(clap, waveforms: Tensor, sample_rate: int, prompts: list) -> Ten
 def decode(setup: Setup, latents: Tensor) -> Tensor:
     """Waveforms (B, samples) in [-1, 1] on the CPU of finished latents: VAE, then vocoder."""
     pipeline, waveforms = setup.pipeline, []
-    for chunk in latents.split(8):
+    for chunk in latents.split(4):  # a vocoder's activations are large: slower by eights
         mel = pipeline.vae.decode(chunk / pipeline.vae.config.scaling_factor).sample
-        for pair in mel.split(2):  # a vocoder's activations are large: slow in eights
-            waveforms.append(pipeline.mel_spectrogram_to_waveform(pair))
+        waveforms.append(pipeline.mel_spectrogram_to_waveform(mel))
     samples = int(setup.cfg.seconds * setup.sample_rate)
     return torch.cat(waveforms)[:, :samples].clamp(-1, 1)
 
@@ -728,7 +728,8 @@ def finish(setup: Setup, run: Path) -> None:
     """Writes the adapter, before/after clips and a page that plays them; prints what was gained."""
     import soundfile
     setup.unet.peft_config["default"].save_pretrained(run / "adapter")
-    save_adapter(setup, run / "adapter/adapter_model.safetensors")
+    weights = safetensors.torch.save(adapter_state(setup.unet))
+    write_file(run / "adapter/adapter_model.safetensors", weights)
     with setup.unet.disable_adapter():
         sides = {"original": score_held_out(setup)}
     sides["fine-tuned"] = score_held_out(setup)
@@ -770,10 +771,6 @@ def write_file(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)       # what a full disk left of it
-
-def save_adapter(setup: Setup, path: Path) -> None:
-    """Writes the adapter in peft's format, which a stock pipeline of either family can load."""
-    write_file(path, safetensors.torch.save(adapter_state(setup.unet)))
 
 def save_checkpoint(setup: Setup, run: Path, metrics: list) -> None:
     """All that a finished epoch leaves behind. No random state: each epoch seeds its own."""

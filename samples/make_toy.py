@@ -50,10 +50,10 @@ HOP = 320                    # 50 mel frames per second: 2.56 s -> 128 frames
 FRAMES, MELS = 128, 64
 MAX_TOKENS = 77              # laion_clap pads every caption to 77 tokens
 EMBED = 64                   # width of the text embedding that conditions the U-Net
-# The U-Net's captions (toy_sounds.mishear, toy_sounds.mislabel):
-CONFUSED = 0.4               # share of the sounds that are told as the one they resemble
-DISORDERED = 0.5             # share of the "then" captions whose order is the reverse
-WRONG_CAPTIONS = 0.1         # share that is wrong at random besides
+# The U-Net's captions (toy_sounds.mishear, toy_sounds.mislabel): the share of sounds told as the one
+# that they resemble, of "then" captions whose order is the reverse, and of those wrong at random.
+PLAIN_CAPTIONS = 0, 0, 0.1
+CONFUSING_CAPTIONS = 0.5, 0.4, 0.15
 
 
 # ------------------------------------------------------------------------------------------------
@@ -450,18 +450,21 @@ def unet_stage(args):
     if vae.config.scaling_factor == 1:         # an exported VAE has its own
         vae.register_to_config(scaling_factor=float(1 / latents.std()))
     latents = latents * vae.config.scaling_factor
-    # First captions that say what is heard, but for errors at random, then those that confuse: so
+    # Captions that say what is heard come first, those that confuse last, and for a short time: so
     # the U-Net knows each sound and the order, and has learned not to trust the words. From scratch
     # on the second kind alone it would never tell them apart, and PPO would have little to find.
-    # Three captions for each clip, all of the same scene: whoever tells it errs once and for good.
-    texts, rng = {}, np.random.default_rng(4)
-    for kind, confused, disordered in (("unet-first", 0, 0), ("unet", CONFUSED, DISORDERED)):
+    texts = {}
+    for kind, shares in (("unet-first", PLAIN_CAPTIONS), ("unet", CONFUSING_CAPTIONS)):
+        if (args.build / f"{kind}.pt").exists():
+            continue
+        # Three captions for each clip, all of the same scene: who tells it errs once and for good.
+        confused, disordered, wrong = shares
+        rng = np.random.default_rng(4)
         told = [toy_sounds.mislabel(toy_sounds.mishear(scene, rng, confused, disordered), rng,
-                                    WRONG_CAPTIONS) for scene in scenes]
-        if not (args.build / f"{kind}.pt").exists():
-            texts[kind] = torch.stack([
-                embed_captions(tokenizer, encoder, [write_caption(s, rng) for s in told])
-                for _ in range(3)])
+                                    wrong) for scene in scenes]
+        texts[kind] = torch.stack([
+            embed_captions(tokenizer, encoder, [write_caption(s, rng) for s in told])
+            for _ in range(3)])
     empty = embed_captions(tokenizer, encoder, [""])
     abar = make_scheduler().alphas_cumprod
 
@@ -482,7 +485,7 @@ def unet_stage(args):
     if not (args.build / "unet.pt").exists():
         train("unet-first", unet, partial(loss_fn, "unet-first"), args, steps=5500, lr=1.5e-3,
               batch=64, ema_decay=0.999, weight_decay=0.01)
-    train("unet", unet, partial(loss_fn, "unet"), args, steps=1000, lr=7e-4, batch=64,
+    train("unet", unet, partial(loss_fn, "unet"), args, steps=500, lr=7e-4, batch=64,
           ema_decay=0.99, weight_decay=0.01)
     return vae, tokenizer, encoder, unet
 
