@@ -16,17 +16,14 @@ r"""Fine-tune a text-to-audio diffusion model with PPO, so that you hear what yo
         --clap lukewys/laion_clap/630k-audioset-best.pt --seconds 5.12 --num-steps 20 \
         --learning-rate 1e-4 --micro-batch 8                      # a real model, on one GPU
 
-`uv run` in place of `python` first installs what the script needs.
-
 A diffusion model turns noise x_T into a clip x_0 in T denoising steps. Its x are latents: small
 tensors into which an autoencoder packs a mel spectrogram (loudness by time and pitch), from which a
 vocoder makes sound. DDIM with noise makes each step a draw from a Gaussian, x_{t-1} ~ N(mean(x_t,
 prompt), sigma_t^2). So the sampler is a stochastic policy, a step its action, and the probability
 of an action is known: all that policy gradients need. The reward comes at the end: CLAP, two
-networks trained to embed a sound and its caption alike, says how similar clip and prompt are.
-One epoch:
+networks trained to embed a sound and its caption alike, says how well they match. One epoch:
 
-    STEP 1  choose P prompts, and for each the step (or the few steps) in which noise is added
+    STEP 1  choose P prompts, and for each the few steps in which noise is added
     STEP 2  roll out K clips per prompt; keep x_t and x_{t-1} of the noisy steps
     STEP 3  decode the clips to sound and score them with CLAP
     STEP 4  advantage: how much better a clip is than the other clips of the same prompt
@@ -207,10 +204,9 @@ class Config:
     clips_per_prompt: int = 8       # K, clips compared with each other; at best 8 or more
     updates_per_epoch: int = 4      # optimiser steps, each on its share of the rows
     learning_rate: float = 4e-3     # Adam's; 1e-4 is usual for a real model
-    # Roughly how far one epoch may move the policy: an action whose log-probability moved further
-    # has no gradient. In nats per latent element, for Stable Diffusion's 4 x 64 x 64 = 16,384:
-    # 1e-4, DDPO's own, is 1.6 nats, a factor of 5, for a whole action. It is scaled by 16,384 / D:
-    # the toy's 1,024 elements clip at 1.6e-3. Usual: 1e-5 to 1e-3.
+    # How far one epoch may move the policy: an action whose log-prob moved further has no gradient.
+    # In nats per latent element for Stable Diffusion's 4 x 64 x 64 = 16,384; 1e-4, DDPO's own, is
+    # a factor of 5 for an action. Scaled by 16,384 / D, to 1.6e-3 for the toy. Usual: 1e-5 to 1e-3.
     clip_range: float = 1e-4
     kl_weight: float = 0.0          # pulls back to the base model; usual: 0 to 0.1
     lora_rank: int = 8              # rank of the adapter's weight updates
@@ -227,8 +223,7 @@ class Setup:
     cfg: Config
     prompts: list          # training prompts, then held-out ones; a prompt's id is its place
     num_train: int         # how many of them are training prompts
-    condition: dict        # what the U-Net is told: keyword tensors, a row for each
-    #                        prompt id, then, for guidance, as many for the empty prompt
+    condition: dict        # the U-Net's keyword tensors: a row per prompt id, as many empty ones
     pipeline: object       # the stock diffusers pipeline, whose VAE and vocoder decode
     reward: Callable       # (waveforms (N, samples), sample_rate, prompts) -> (N,)
     reward_name: str
@@ -332,10 +327,9 @@ def replay(setup: Setup, rows: dict) -> tuple:
 
 def check_on_policy(setup: Setup, difference: Tensor) -> float:
     """Root mean square of replayed minus rolled-out log-probs (R,); UserError if too large."""
-    # The cheapest bug detector there is: nothing was learned since the rollout, so replaying it
-    # must give the same log-probs. On a CPU it does. On a GPU other batch shapes are computed by
-    # other kernels: TF32 or bfloat16 are off by 1 % of the U-Net's output, which moves the mean of
-    # D terms by 0.01 to 0.04 / sqrt(D), more in late steps. Bugs move it by 0.004 at any D.
+    # The cheapest bug detector there is: nothing was learned since the rollout, so its replay must
+    # give the same log-probs. On a CPU it does. A GPU's other kernels, in TF32 or bfloat16, are off
+    # by 1 % of the output: 0.01 to 0.04 / sqrt(D), more in late steps. Bugs: 0.004 at any D.
     error = difference.square().mean().sqrt().item()
     limit = REPLAY_LIMIT / math.sqrt(math.prod(setup.latent_shape))
     if setup.device.type == "cpu" and setup.dtype == torch.float32:
@@ -350,14 +344,13 @@ def check_on_policy(setup: Setup, difference: Tensor) -> float:
 def optimizer_step(setup: Setup, number: int) -> float:
     """Step `number` of the run, from 0, on the gradients that have added up; their norm."""
     cfg, optimizer, scaler = setup.cfg, setup.optimizer, setup.scaler
-    # The rate rises while Adam's averages are young, then falls to 0 at the end of the run, so that
-    # a long run does not learn the noise of CLAP.
+    # The rate rises while Adam's averages are young, then falls to 0, or CLAP's noise is learned.
     left, group = 1 - number / (cfg.epochs * cfg.updates_per_epoch), optimizer.param_groups[0]
     group["lr"] = cfg.learning_rate * min((number + 1) / WARMUP_UPDATES, left)
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(group["params"], MAX_GRAD_NORM).item()
-    # float16 overflows now and then: the scaler skips that step and halves its scale. Without one,
-    # or with nothing left to halve, it is a fault: one NaN in Adam's state would stay there.
+    # float16 overflows now and then: the scaler skips that step and halves its scale. With nothing
+    # left to halve it is a fault: one NaN in Adam's state would stay there.
     if not math.isfinite(norm) and scaler.get_scale() <= 1:
         raise UserError("the gradient is not finite: lower --learning-rate")
     scaler.step(optimizer)
@@ -371,10 +364,9 @@ def update(setup: Setup, rows: dict, epoch: int, generator: Generator) -> dict:
     clip_range = cfg.clip_range * 16384 / math.prod(setup.latent_shape)
     order = torch.randperm(count, generator=generator).to(setup.device)
     minibatches = order.tensor_split(cfg.updates_per_epoch)
-    # pi_old is the policy as it is now, asked in the very micro-batches of the update. The
-    # log-probs of the rollout would not do: there the U-Net was asked in batches of other shapes,
-    # so on a GPU other kernels answered, and their rounding is as large as the clip range. Like
-    # this log_prob - old_log_prob is exactly 0 at the first update, and the ratio 1.
+    # pi_old is the policy as it is now, asked in the very micro-batches of the update, so that the
+    # ratio is exactly 1 at the first one. The log-probs of the rollout would not do: its batches
+    # had other shapes, so on a GPU other kernels answered, with rounding as large as clip_range.
     rows["old_log_prob"], rows["mean_base"] = rows["log_prob"].clone(), rows["latents"].clone()
     with torch.no_grad():
         for minibatch in minibatches:
@@ -737,15 +729,15 @@ def finish(setup: Setup, run: Path) -> None:
     change, prompts = after - before, setup.prompts[-len(after):]
     page = ("<!doctype html><html lang=en><meta charset=utf-8><title>Before and after</title>"
             "<meta name=viewport content='width=device-width'><style>audio {width: 28vw}</style>"
-            "<main><h1>Before and after: what changed most comes first</h1>\n<table>"
+            "<main><h1>Before and after: what changed most comes first</h1><table>"
             "<tr><th scope=col>prompt<th scope=col>original<th scope=col>fine-tuned")
     for i in change.abs().argsort(descending=True).tolist():
         prompt = html.escape(prompts[i])                # text, never a tag
         page += f"\n<tr><th scope=row>{prompt}"
         for side, (waveforms, rewards) in sides.items():
             name, wav = f"clips/{i:03}-{side}.wav", io.BytesIO()
-            sound = waveforms[i * rewards.shape[1]].numpy()
-            soundfile.write(wav, sound, setup.sample_rate, format="WAV")
+            first = waveforms[i * rewards.shape[1]].numpy()
+            soundfile.write(wav, first, setup.sample_rate, format="WAV")
             write_file(run / name, wav.getvalue())
             page += (f"<td>{rewards[i, 0]:.2f}<br>"
                      f"<audio controls src={name} aria-label='{prompt}, {side}'></audio>")
@@ -758,8 +750,7 @@ addEventListener("play", event => document.querySelectorAll("audio").forEach(
     better, worse = (change > SAME).sum(), (change < -SAME).sum()
     print(f"{kind} prompts, original -> fine-tuned, same noise, guidance {setup.cfg.eval_guidance}:"
           f" reward {before.mean():.3f} -> {after.mean():.3f}\nof {len(change)} prompts {better} "
-          f"clearly better, {worse} clearly worse, the others within {SAME} of what they were\n"
-          f"listen: {run}/index.html")
+          f"clearly better, {worse} clearly worse, others within {SAME}\nlisten: {run}/index.html")
 
 # ==== 11. Files, flags, main ====
 def write_file(path: Path, content: bytes) -> None:
@@ -815,8 +806,8 @@ def check_settings(cfg: Config) -> None:
             raise UserError(f"--{f.name.replace('_', '-')} {value}: use {low:g} to {high:g}")
     most = round(cfg.noise_until * cfg.num_steps)
     if cfg.noise_window > most:
-        raise UserError(f"--noise-window {cfg.noise_window}: use 1 to {most}, the steps before "
-                        f"--noise-until {cfg.noise_until}, or raise that")
+        raise UserError(f"--noise-window {cfg.noise_window}: use 1 to {most}, or raise "
+                        f"--noise-until {cfg.noise_until}")
     if cfg.updates_per_epoch > cfg.prompts_per_epoch * cfg.clips_per_prompt:
         raise UserError(f"--updates-per-epoch {cfg.updates_per_epoch}: more than clips per epoch")
     if cfg.model != Config.model and cfg.clap == Config.clap:
@@ -874,7 +865,6 @@ def main(argv=None, reward: Callable = None) -> int:
         message, code = " ".join(str(error).split()), 2  # one line, whatever is in a value
     print(f"clap_ppo.py: {message}{advice}", file=sys.stderr)
     return code
-
 
 if __name__ == "__main__":
     sys.exit(main())
