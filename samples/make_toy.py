@@ -50,8 +50,8 @@ HOP = 320                    # 50 mel frames per second: 2.56 s -> 128 frames
 FRAMES, MELS = 128, 64
 MAX_TOKENS = 77              # laion_clap pads every caption to 77 tokens
 EMBED = 64                   # width of the text embedding that conditions the U-Net
-# The U-Net's captions (toy_sounds.mishear, toy_sounds.mislabel): the share of sounds told as the one
-# that they resemble, of "then" captions whose order is the reverse, and of those wrong at random.
+# The U-Net's captions (toy_sounds.mishear, toy_sounds.mislabel): the share of sounds told as the
+# one that they resemble, of "then" captions told backwards, and of those wrong at random.
 PLAIN_CAPTIONS = 0, 0, 0.1
 CONFUSING_CAPTIONS = 0.5, 0.4, 0.15
 
