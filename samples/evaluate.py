@@ -244,8 +244,7 @@ def mel_picture(waveform: Tensor, sample_rate: int) -> str:
     levels = 255 + 255 / 60 * (decibels - decibels.max())
     return bytes(levels.clamp(min=0).T.flatten().int().tolist()).hex()
 
-def save_clips(folder: Path, base: Clips, tuned: Clips, prompts: list[str], rate: int,
-               kind: str = "wav") -> list:
+def save_clips(folder: Path, base: Clips, tuned: Clips, prompts: list[str], rate: int) -> list:
     """Each prompt's first clip of base and tuned, in listen/; rows that say which is which."""
     # In the blind test nothing may give a side away: files are named by a hash of what is in them,
     # and the louder clip of a pair is turned down to the RMS of the other.
@@ -260,11 +259,12 @@ def save_clips(folder: Path, base: Clips, tuned: Clips, prompts: list[str], rate
         row = {"prompt": prompt}
         for side, clips, waveform in (("base", base, pair[0]), ("tuned", tuned, pair[1])):
             digest = hashlib.sha256(waveform.numpy().tobytes()).hexdigest()[:16]
-            file = f"listen/{digest}.{kind}"
+            file = f"listen/{digest}.wav"
             soundfile.write(folder / file, waveform.numpy(), rate)
             row[side] = {"file": file, "mel": mel_picture(waveform, rate),
                          "reward": clips.reward[i, 0].item(),
-                         "judge": clips.judge[i, 0, i].item()}
+                         "judge": clips.judge[i, 0, i].item(),
+                         "heard": prompts[clips.judge[i, 0].argmax()]}     # its own: recognised
         rows.append(row)
     add_anchors(rows, base)
     return rows
@@ -283,12 +283,12 @@ def add_anchors(rows: list, base: Clips) -> None:
                                  "other": rows[other[i]]["base"]["file"]}
 
 def save_page(folder: Path, cfg, rows: list, result: dict, rate: int,
-              kind: str = "held-out prompts", name: str = "") -> None:
+              kind: str = "held-out prompts") -> None:
     """listen.html, the page beside this script, and data.js, what it shows of this run."""
     about = (f"{kind.capitalize()}, by {cfg.model}: the original and the fine-tuned model from the "
              "same starting noise, played equally loud.")
     identity = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]   # of the clips, too
-    data = {"name": name or folder.name, "id": identity, "about": about, "kind": kind,
+    data = {"name": folder.name, "id": identity, "about": about, "kind": kind,
             "rows": rows, "seconds": cfg.seconds, "sample_rate": rate, "evaluation": result}
     (folder / "data.js").write_text(f"window.CLAP_PPO_RUN = {json.dumps(data)};\n")
     shutil.copy(HERE / "listen.html", folder)

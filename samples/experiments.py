@@ -1,37 +1,44 @@
 """The experiments behind the README's tables: `clap_ppo.py` with other flags, or one part replaced.
 
-    python samples/experiments.py                    # what there is, and what is still to run
-    python samples/experiments.py defaults           # one experiment with all its seeds
-    python samples/experiments.py all                # everything; hours
-    python samples/experiments.py report             # the README's tables
-    python samples/experiments.py pictures           # samples/guidance.png and samples/method.png
-    python samples/experiments.py demo RUN LOG       # samples/demo, of an evaluated run and its log
+    python samples/experiments.py                  # what there is, and what is still to run
+    python samples/experiments.py ppo pull         # these, with all their seeds; all: a day
+    python samples/experiments.py report           # the README's tables
+    python samples/experiments.py pictures RUN     # results, method, before-after of RUN (.png)
+    python samples/experiments.py demo RUN LOG     # samples/demo, of an evaluated run and its log
 
-Every run is a call of `clap_ppo.main` in runs/experiments/NAME-SEED, then of `evaluate.py`. What
-finishes becomes a row of `samples/results.jsonl`; what is cut is resumed by the next call. When two
-run side by side, give them other names, and one thread each (OMP_NUM_THREADS=1).
+Arms are other ways to train, with five seeds; ablations are the defaults with one change, with
+three. Each run is a call of `clap_ppo.main` in runs/experiments/NAME-SEED, then of `evaluate.py`,
+and at last some rows of `samples/results.jsonl`. What is cut goes on with the next call. Two calls
+can run side by side: give them other names, and one thread each (OMP_NUM_THREADS=1).
 """
 
 import json
+import math
+import re
 import shutil
 import sys
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
+import soundfile
 import torch
+from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import clap_ppo  # noqa: E402
 import evaluate  # noqa: E402
+from clap_ppo import Config  # noqa: E402
 
 RESULTS = HERE / "results.jsonl"
 RUNS = Path("runs/experiments")
 PROMPTS = str(HERE / "prompts.txt")
 
 # ==== 1. Parts of clap_ppo.py that an experiment replaces ====
-policy, replay = clap_ppo.policy, clap_ppo.replay       # as they are, whatever is replaced
+policy, replay, rollout = clap_ppo.policy, clap_ppo.replay, clap_ppo.rollout    # the originals
 
 def with_guidance(scale):
     """`policy`, but guided wherever it acts."""
@@ -52,377 +59,373 @@ def replay_with_pull(setup, rows):
         mean, _ = with_guidance(5)(setup, rows, clap_ppo.ETA)
     return log_prob, mean, sigma
 
-@torch.no_grad()
-def rollout_of_ddim(setup, prompt_ids, first_noisy, generator):
-    """Reward-weighted regression: finished clips of plain DDIM, each from its own noise."""
-    ids = prompt_ids.repeat_interleave(setup.cfg.clips_per_prompt)
-    clip_ids = torch.arange(len(ids), device=setup.device)
-    rows = {"prompt_id": ids, "clip_id": clip_ids, "input_id": clip_ids}
-    rows["latents"] = clap_ppo.randn(setup, len(ids), generator)
-    for step in range(setup.cfg.num_steps):
-        rows["step"] = torch.full_like(ids, step)
-        rows["latents"], _ = policy(setup, rows, 0.0)
-    return rows["latents"], rows
+def rollout_with_clips(setup, prompt_ids, first_noisy, generator):
+    """`rollout`, but its rows hold the finished clips, which regression learns from."""
+    latents, rows = rollout(setup, prompt_ids, first_noisy, generator)
+    rows["finished"] = latents[rows["clip_id"]]
+    return latents, rows
 
 def regression_update(setup, rows, epoch, generator):
-    """Reward-weighted regression: the diffusion loss on own clips, weighted by exp(advantage).
-
-    Lee et al. 2023 (arXiv 2302.12192), with the weights that DDPO, section 5, calls RWR. Four
-    passes over the clips, with a quarter of the epoch's updates each.
-    """
+    """Reward-weighted regression (Lee et al. 2023, arXiv 2302.12192), with DDPO's weights: the
+    diffusion loss on own clips, each four times an epoch, weighted by exp(advantage)."""
     updates, count = setup.cfg.updates_per_epoch, len(rows["clip_id"])
-    weights = rows["advantage"].exp()
-    rows["weight"] = weights / weights.mean()
-    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(4)])
+    order = torch.randperm(4 * count, generator=generator) % count
     for i, at in enumerate(order.tensor_split(updates)):
         part = clap_ppo.take(rows, at.to(setup.device))
         # Each clip is noised to a random step of the sampler, and that noise is to be predicted.
         step = torch.randint(setup.cfg.num_steps, (len(at),), generator=generator)
-        timesteps, alpha_bar, _ = [table[step] for table in setup.schedule]
+        alpha_bar = setup.schedule[1][step]
         noise = clap_ppo.randn(setup, len(at), generator)
-        noisy = alpha_bar.sqrt() * part["latents"] + (1 - alpha_bar).sqrt() * noise
+        latents = alpha_bar.sqrt() * part["finished"] + (1 - alpha_bar).sqrt() * noise
         condition = clap_ppo.take(setup.condition, part["prompt_id"])
-        noise_pred = setup.unet(noisy, timesteps, **condition).sample
+        noise_pred = setup.unet(latents, setup.schedule[0][step], **condition).sample
         error = (noise_pred - noise).square().flatten(1).mean(dim=1)
-        loss = (error * part["weight"]).mean()
+        loss = (error * part["advantage"].exp()).mean()
         setup.scaler.scale(loss).backward()
         norm = clap_ppo.optimizer_step(setup, epoch * updates + i)
-    return {"loss": loss.item(), "grad_norm": norm}
-
-def attention_lora(unet, rank):
-    """`add_lora` on the attention alone, as DDPO has it."""
-    from peft import LoraConfig, get_peft_model
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    return get_peft_model(unet, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)).eval()
+    return {"grad_norm": norm}
 
 # ==== 2. The experiments ====
-SHORT = "--epochs 30 --eval-guidance 1"         # clips made as in training: what was learned
-TEXTBOOK = "--noise-window 10 --noise-until 1"
-DDPO = (f"{TEXTBOOK} --starting-noise own --epochs 15 --clips-per-prompt 16 --eval-guidance 1 "
-        "--learning-rate 3e-4 --updates-per-epoch 2 --clip-range 6.25e-6 --lora-rank 4")
+class Experiment(NamedTuple):
+    title: str              # what the README calls it
+    seeds: int
+    flags: str = ""
+    parts: dict = {}        # of clap_ppo.py, replaced
 
-# name: (what the README calls it, seeds, flags, replaced parts); 0 seeds: of an earlier recipe
-EXPERIMENTS: dict[str, tuple] = {
-    "defaults": ("the defaults, whole run", 5, "", {}),
-    "long": ("ten times as long", 1, "--epochs 1000", {}),
-    "short": ("**the defaults**", 3, SHORT, {}),
-    "ppo-alone": ("no KL: PPO alone", 0, "", {}),
-    "kl-alone": ("advantages 0: the pull alone", 0, "", {}),
-    "kl-plain": ("KL to the base without guidance", 3, f"{SHORT} --kl-weight 0.05", {}),
-    "pull": ("no reward, KL to the base with guidance 5", 3, f"{SHORT} --kl-weight 0.05",
-             dict(replay=replay_with_pull, group_advantages=torch.zeros_like)),
-    "pull-and-ppo": ("KL to the base with guidance 5", 3, f"{SHORT} --kl-weight 0.05",
-                     dict(replay=replay_with_pull)),
-    "two-steps": ("noise in two steps", 3, f"{SHORT} --noise-window 2", {}),
-    "all-steps": ("noise in all 10 steps, 9 trained", 3, f"{SHORT} {TEXTBOOK}", {}),
-    "own-noise": ("each clip its own starting noise", 3, f"{SHORT} --starting-noise own", {}),
-    "ddpo": ("DDPO's published settings, 10 steps", 3, DDPO,
-             dict(add_lora=attention_lora, policy=with_guidance(5), WARMUP_UPDATES=1)),
-    "regression": ("reward-weighted regression", 3, f"{SHORT} --updates-per-epoch 8",
-                   dict(rollout=rollout_of_ddim, update=regression_update)),
-    "no-clipping": ("no clipping", 3, f"{SHORT} --clip-range 1", {}),
-    "group-2": ("64 prompts x 2 clips", 3,
-                f"{SHORT} --prompts-per-epoch 64 --clips-per-prompt 2", {}),
-    "guidance": ("guidance 2 in rollout and training", 3, SHORT, dict(policy=with_guidance(2))),
+PULL = {"replay": replay_with_pull}
+NO_REWARD = {"group_advantages": torch.zeros_like}
+ALL_STEPS = "--noise-window 10 --noise-until 1"
+# As many clips as the defaults make. Not DDPO's: 10 steps for 50; and the adapter, which DDPO has on
+# the attention, through which its model hears the prompt: this one hears it elsewhere.
+DDPO = (f"{ALL_STEPS} --starting-noise own --epochs 50 --clips-per-prompt 16 "
+        "--learning-rate 3e-4 --updates-per-epoch 4 --lora-rank 4")
+# At the defaults' learning rate, 4e-3, regression did harm.
+RWR = "--learning-rate 1e-3 --updates-per-epoch 8"
+
+# What the base model has for free, measured with each run of "ppo".
+GUIDANCE, BEST_OF = (1, 1.5, 2, 3, 5, 7), (4, 16)
+GUIDED = [f"base, guidance {scale:g}" for scale in GUIDANCE]
+ARMS = {
+    "ppo": Experiment("PPO alone: the defaults", 5),
+    "pull": Experiment("guidance distillation alone", 5, "--kl-weight 0.05", PULL | NO_REWARD),
+    "pull-and-ppo": Experiment("PPO and guidance distillation", 5, "--kl-weight 0.05", PULL),
+    "kl": Experiment("PPO, KL to the base", 5, "--kl-weight 0.05"),
+    "rwr": Experiment("reward-weighted regression", 5, RWR,
+                      {"rollout": rollout_with_clips, "update": regression_update}),
+    "ddpo": Experiment("DDPO's settings, guidance 5", 5, DDPO,
+                       {"policy": with_guidance(5), "WARMUP_UPDATES": 1}),
+    "long": Experiment("PPO alone, three times the epochs", 1, "--epochs 300"),
 }
+ABLATIONS = {}
+for name, title, flags in (
+        ("one-step", "noise in one step", "--noise-window 1"),
+        ("two-steps", "noise in two steps", "--noise-window 2"),
+        ("three-steps", "noise in three steps", "--noise-window 3 --noise-until 0.3"),
+        ("textbook", "noise in all 10 steps, 9 trained", ALL_STEPS),
+        ("own-noise", "each clip its own starting noise", "--starting-noise own"),
+        ("8x16", "8 prompts x 16 clips", "--prompts-per-epoch 8 --clips-per-prompt 16"),
+        ("32x4", "32 prompts x 4 clips", "--prompts-per-epoch 32 --clips-per-prompt 4"),
+        ("no-clipping", "no clipping", "--clip-range 1e3"),
+        ("small-kl", "KL 0.01 to the base", "--kl-weight 0.01"),
+        ("rank-2", "an adapter of rank 2", "--lora-rank 2")):
+    if clap_ppo.parse_args(flags.split())[0] != Config():       # one of them is the default
+        ABLATIONS[name] = Experiment(title, 3, flags)
+EXPERIMENTS = ARMS | ABLATIONS
+# U-Net passes that a clip costs: twice as many with guidance.
+PASSES = {"base, guidance 1": 10} | dict.fromkeys(GUIDED[1:], 20)
+PASSES |= {"base, best of 4": 40, "base, best of 16": 160} | dict.fromkeys(ARMS, 10) | {"ddpo": 20}
 
 # ==== 3. Running them ====
-def write_row(row: dict) -> None:
-    """One line at the end of the results, its floats cut to 5 significant digits."""
-    row = json.loads(json.dumps(row), parse_float=lambda digits: float(f"{float(digits):.5g}"))
+def write_rows(rows: list) -> None:
+    """Adds lines to the results, floats cut to 5 digits: all of a run, or none."""
+    rows = json.loads(json.dumps(rows), parse_float=lambda text: round(float(text), 5))
+    text = "".join([json.dumps(row) + "\n" for row in rows])
     with open(RESULTS, "ab", buffering=0) as file:      # two processes do not mix their lines
-        file.write((json.dumps(row) + "\n").encode())
+        file.write(text.encode())
 
 def read_rows() -> list:
-    """All results so far, in the order of the experiments above; none of what is not among them."""
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    order = list(EXPERIMENTS) + ["free", "bench"]
-    rows = [row for row in map(json.loads, lines) if row["name"] in order]
-    rows.sort(key=lambda row: (order.index(row["name"]), row["seed"], row.get("epoch", 0)))
-    return rows
+    """The results so far, by seed; none that was made with other flags than today's."""
+    flags = {name: experiment.flags for name, experiment in EXPERIMENTS.items()}
+    flags["free"] = flags["ppo"]
+    rows = []
+    if RESULTS.exists():
+        for line in RESULTS.read_text().splitlines():
+            row = json.loads(line)
+            name = row["name"]
+            if name == "bench" or row.get("flags") == flags.get(name, "unknown"):
+                rows.append(row)
+    return sorted(rows, key=lambda row: row["seed"])
 
-def runs_of(rows: list, name: str) -> list:
-    """The finished runs of an experiment, by seed."""
-    return [row for row in rows if row["name"] == name and "tuned" in row]
-
-def seeds_done(name: str) -> set:
-    """The seeds of which the results hold rows."""
-    return {row["seed"] for row in read_rows() if row["name"] == name}
-
-def read_metrics(run: Path) -> list:
-    """The metrics of a run, a row per epoch."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+def runs_of(rows: list, name: str) -> dict:
+    """The rows of an experiment's finished runs, by seed."""
+    return {row["seed"]: row for row in rows if row["name"] == name and "tuned" in row}
 
 def run_one(name: str, seed: int) -> None:
     """Train and evaluate, or go on with it, and add its rows; nothing if they are there already."""
-    if seed in seeds_done(name):
+    if seed in runs_of(read_rows(), name):
         return
     _, _, flags, parts = EXPERIMENTS[name]
     run = RUNS / f"{name}-{seed}"
     argv = ["--prompts", PROMPTS, "--seed", str(seed), "--out", str(run)] + flags.split()
     if (run / "config.json").exists():
         argv = ["--resume", str(run)]
-    more = dict(noises=4, snapshots=name == "long")
-    if name == "defaults":                      # and what is free: guidance, the base's best of 4
-        more = dict(noises=12, best=(4,), guidance=(1, 1.5, 2, 3, 5, 7))
+    guidance = best = ()
+    if name == "ppo":
+        guidance, best = GUIDANCE, BEST_OF
     with ExitStack() as stack:
         for part, replacement in parts.items():
             stack.enter_context(mock.patch.object(clap_ppo, part, replacement))
-        print(f"\n=== {name}, seed {seed}: {' '.join(argv)}", flush=True)
         if clap_ppo.main(argv) != 0:
             return
-        result = evaluate.evaluate(run, **more)
-    for row in result.pop("snapshots"):
-        keys = ("reward", "judge_score", "recognition", "diversity")
-        values = {key: row[key]["value"] for key in keys}
-        write_row({"name": name, "seed": seed, "epoch": row["epoch"]} | values)
-    for row in result.pop("best_of") + result.pop("guidance"):
-        write_row({"name": "free", "seed": seed} | row)
-    minutes = sum([row["seconds"] for row in read_metrics(run)]) / 60
-    write_row({"name": name, "seed": seed, "flags": flags, "minutes": minutes} | result)
+        result = evaluate.evaluate(run, "", 12, guidance, best, snapshots=name in ARMS)
+    minutes = [0.0]                             # of training, after each epoch
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        minutes.append(minutes[-1] + json.loads(line)["seconds"] / 60)
+    rows, same = [], {"name": name, "seed": seed, "flags": flags}
+    for row in [{"epoch": 0, "label": "0"} | result["base"]] + result.pop("snapshots"):
+        rows.append(same | row | {"minutes": minutes[row["epoch"]]})
+    for row in result.pop("guidance") + result.pop("best_of"):
+        rows.append(same | row | {"name": "free"})
+    write_rows(rows + [same | {"minutes": minutes[-1]} | result])
 
 # ==== 4. The README's tables ====
-def interval(values: list) -> tuple:
-    """Mean over seeds, and half of its 95 % t-interval (NaN of one seed)."""
-    from scipy import stats
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return sum(values) / len(values), half
+def scores(rows: list, name: str, metric: str) -> dict:
+    """A figure of merit by seed: of an experiment's tuned model, or of what is free, by label."""
+    found = {}
+    for row in rows:
+        cell = row.get("tuned", row).get(metric)
+        if cell and name == row.get("label", row["name"]):      # of a snapshot that is its epoch
+            found[row["seed"]] = cell["value"]
+    return found
 
-def spread(values: list, sign: str = "+") -> str:
-    """Mean and interval as "mean ± half"; the mean alone of one seed."""
-    if len(values) == 1:
-        return f"{values[0]:{sign}.2f}"
-    mean, half = interval(values)
-    return f"{mean:{sign}.2f} ± {half:.2f}"
+def mean(values: dict) -> float:
+    """Over seeds; NaN of none."""
+    return torch.tensor(list(values.values())).mean().item()
+
+def spread(values: dict, sign: str = "") -> str:
+    """Mean over seeds ± half of its 95 % t-interval; the mean alone of one seed."""
+    from scipy import stats
+    count, text = len(values), f"{mean(values):{sign}.2f}"
+    if count > 1:
+        half = stats.t.ppf(0.975, count - 1) * stats.sem(list(values.values()))
+        text += f" ± {half:.2f}"
+    return text
 
 def table(head: list, lines: list) -> str:
     """A table in Markdown."""
     rule = ["---"] * len(head)
     return "\n".join(["| " + " | ".join(cells) + " |" for cells in [head, rule] + lines])
 
-def values_of(rows: list, metric: str, side: str = "") -> list:
-    """A figure of merit of each row; side, of runs: base, tuned, or tuned_minus_base."""
-    if side:
-        rows = [row[side] for row in rows]
-    return [row[metric]["value"] for row in rows]
-
-def base_to_tuned(runs: list, metric: str) -> str:
-    """Means over runs as "base → tuned"."""
-    base, tuned = values_of(runs, metric, "base"), values_of(runs, metric, "tuned")
-    return f"{sum(base) / len(base):.2f} → {sum(tuned) / len(tuned):.2f}"
+def results_table(rows: list) -> str:
+    """What is free, then every arm that has run: means over seeds."""
+    lines = []
+    for name, passes in PASSES.items():
+        found, runs = scores(rows, name, "recognition"), runs_of(rows, name)
+        cells = [name, spread(found)]
+        for metric, digits in (("judge_score", 2), ("reward", 2), ("diversity_right", 3)):
+            cells.append(f"{mean(scores(rows, name, metric)):.{digits}f}")
+        cells += [str(passes), "", "", str(len(found))]
+        if runs:                                # an arm
+            minutes = mean({seed: run["minutes"] for seed, run in runs.items()})
+            mended = sum([run["mended"] for run in runs.values()])
+            broke = sum([run["broke"] for run in runs.values()])
+            cells[0] = ARMS[name].title
+            cells[6:8] = f"{minutes:.1f}", f"{mended} : {broke}"
+        if found:
+            lines.append(cells)
+    return table(["", "recognition", "judge score", "held-out reward", "diversity, recognised",
+                  "U-Net passes per clip", "minutes", "mended : broken", "seeds"], lines)
 
 def seeds_table(rows: list) -> str:
-    """The whole runs with the default settings, seed by seed, and their means."""
-    runs, columns = runs_of(rows, "defaults"), ["recognition", "reward", "diversity"]
-    groups = {str(run["seed"]): [run] for run in runs}
-    groups["all"] = runs
+    """Recognition, seed by seed: is PPO above what is free, and above distillation, in each?"""
     lines = []
-    for title, group in groups.items():
-        if not group:                           # nothing has run yet
-            continue
-        cells = [base_to_tuned(group, column) for column in columns]
-        mended = sum([run["mended"] for run in group])
-        broke = sum([run["broke"] for run in group])
-        gain = spread(values_of(group, "recognition", "tuned_minus_base"))
-        lines.append([title] + cells + [f"{mended} : {broke}", gain])
-    return table(["seed"] + columns + ["mended : broken", "gain"], lines)
-
-def free_table(rows: list) -> str:
-    """One clip by the base model, guided, or its best of 4, and after PPO; and what it costs."""
-    groups, lines = {}, []
-    for row in rows:
-        too_much = row.get("label") in ("tuned, guidance 5", "tuned, guidance 7")   # see the text
-        if row["name"] == "free" and not too_much:
-            groups.setdefault(row["label"], []).append(row)
-    for label, group in groups.items():
-        passes = clap_ppo.Config.num_steps * group[0].get("n", 1)
-        if group[0].get("scale") != 1:
-            passes *= 2
-        recognition = spread(values_of(group, "recognition"), "")
-        diversity = spread(values_of(group, "diversity"), "")
-        lines.append([label, str(passes), recognition, diversity])
-    return table(["", "U-Net passes", "recognition", "diversity"], lines)
+    for name in GUIDED + ["pull", "ppo"]:
+        values = scores(rows, name, "recognition").values()
+        if values:
+            lines.append([name] + [f"{value:.2f}" for value in values])
+    return table(["seed", "0", "1", "2", "3", "4"], lines)
 
 def ablation_table(rows: list) -> str:
-    """What each change does to a short run; differences paired, where the base clips are alike."""
-    defaults = {run["seed"]: run for run in runs_of(rows, "short")}
-    lines = []
-    for name in EXPERIMENTS:
-        runs, against = runs_of(rows, name), []
-        if not runs or name in ("defaults", "long"):
-            continue
-        for run in runs:
-            other = defaults.get(run["seed"])
-            if name != "short" and other and other["base"] == run["base"]:
-                tuned, tuned_by_defaults = values_of([run, other], "judge_score", "tuned")
-                against.append(tuned - tuned_by_defaults)
-        difference = spread(against) if len(against) == len(runs) else ""
-        lines.append([EXPERIMENTS[name][0], base_to_tuned(runs, "recognition"), difference])
-    return table(["changed", "recognition", "judge score against the defaults"], lines)
-
-def long_table(rows: list, epochs=(100, 200, 300, 400, 600, 800, 1000)) -> str:
-    """The run that goes on ten times as long, on held-out prompts."""
-    found = [row for row in rows if row["name"] == "long" and row.get("epoch") in epochs]
-    lines = []
-    for metric in ("reward", "recognition"):
-        lines.append([metric] + [f"{row[metric]:.2f}" for row in found])
-    return table(["epoch"] + [str(row["epoch"]) for row in found], lines)
+    """The defaults with one change each, the largest gain first; paired, seed by seed."""
+    defaults, entries = scores(rows, "ppo", "recognition"), []
+    for name, ablation in ABLATIONS.items():
+        found = scores(rows, name, "recognition")
+        gains = {seed: found[seed] - defaults[seed] for seed in found.keys() & defaults.keys()}
+        diversity = f"{mean(scores(rows, name, 'diversity_right')):.3f}"
+        if gains:
+            cells = [ablation.title, spread(gains, "+"), diversity, str(len(gains))]
+            entries.append((mean(gains), cells))
+    entries.sort(reverse=True)
+    return table(["changed", "recognition against the defaults", "diversity, recognised", "seeds"],
+                 [cells for _, cells in entries])
 
 def bench_table(rows: list) -> str:
     """The rows that `samples/bench.py --save samples/results.jsonl` has added."""
     lines = []
     for row in rows:
         if row["name"] == "bench":
-            numbers = [f"{row['seconds']:.1f} s", f"{row['overhead']:.2f}",
-                       f"{row['peak_gib']:.1f} GiB"]
-            lines.append([row["preset"], row["device"], str(row["clips"])] + numbers)
+            lines.append([row["preset"], row["device"], str(row["clips"]),
+                          f"{row['seconds']:.1f} s", f"{row['overhead']:.2f}",
+                          f"{row['peak_gib']:.1f} GiB"])
     return table(["preset", "device", "clips", "epoch", "over the networks alone", "memory"], lines)
-
-def log_block() -> str:
-    """What the run of samples/demo printed, without most of its epochs."""
-    lines = (HERE / "demo/log.txt").read_text().splitlines()
-    last = max([i for i, line in enumerate(lines) if line.startswith("epoch ")])
-    return "\n".join(["```"] + lines[:3] + ["..."] + lines[last:] + ["```"])
 
 def fill(text: str, rows: list) -> str:
     """README text with what stands between the lines <!-- NAME --> and <!-- /NAME --> replaced."""
-    parts = {"log": log_block(), "seeds": seeds_table(rows), "free": free_table(rows),
-             "ablations": ablation_table(rows), "long": long_table(rows),
-             "bench": bench_table(rows)}
+    log = (HERE / "demo/log.txt").read_text().splitlines()      # of most epochs nothing is shown
+    log = "\n".join(["```"] + log[:3] + ["..."] + log[-4:] + ["```"])
+    parts = {"log": log, "results": results_table(rows), "seeds": seeds_table(rows),
+             "ablations": ablation_table(rows), "bench": bench_table(rows)}
     for name, part in parts.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
-        if begin in text:
-            head, rest = text.split(begin)
-            text = head + begin + part + "\n" + end + rest.split(end)[1]
+        head, begin, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, rest = rest.partition(f"<!-- /{name} -->\n")
+        if end:
+            text = head + begin + part + "\n" + end + rest
     return text
 
 # ==== 5. The pictures, and the demo ====
-def draw_guidance(rows: list) -> None:
-    """Recognition against diversity, one dot per guidance, base and tuned: 95 % over seeds."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for model, title, colour, away, scales in (
-            ("base", "base model", "C7", -13, (1, 1.5, 2, 3, 5, 7)),
-            ("tuned", "after PPO", "C1", 6, (1, 1.5, 2, 3))):
-        points = []
-        for scale in scales:
-            label = f"{model}, guidance {scale:g}"
-            found = [row for row in rows if row.get("label") == label]
-            x, x_half = interval(values_of(found, "diversity_right"))
-            y, y_half = interval(values_of(found, "recognition"))
-            points.append([x, y, x_half, y_half])
-            axes.annotate(f"{scale:g}", (x, y), (5, away), textcoords="offset points", color=colour)
-        x, y, x_half, y_half = torch.tensor(points).T
-        axes.errorbar(x, y, y_half, x_half, "o-", color=colour, elinewidth=0.8, label=title)
-    axes.set(xlabel="diversity of a prompt's recognised clips (mean cosine distance)",
-             ylabel="clips whose prompt is recognised",
-             title="held-out prompts, five seeds; at each dot the guidance it was listened to with")
+def draw_results(rows: list) -> None:
+    """Recognition and held-out reward by minutes of training: each arm, and what is free."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    best = max(GUIDED, key=lambda label: mean(scores(rows, label, "recognition")))
+    for axes, metric in zip(figure.subplots(1, 2), ("recognition", "reward")):
+        for label in (GUIDED[0], best, "base, best of 4"):
+            value = mean(scores(rows, label, metric))
+            axes.axhline(value, color="grey", linestyle="--")
+            axes.annotate(label, (0, value))
+        for i, (name, arm) in enumerate(ARMS.items()):
+            curves = {}
+            for row in rows:
+                if row["name"] == name and "epoch" in row:
+                    point = row["minutes"], row[metric]["value"]
+                    curves.setdefault(row["seed"], []).append(point)
+            if curves:
+                minutes, values = torch.tensor(list(curves.values())).permute(2, 1, 0)
+                axes.plot(minutes, values, color=f"C{i}", linewidth=0.5)    # (points, seeds)
+                axes.plot(minutes.mean(1), values.mean(1), "o-", color=f"C{i}", label=arm.title)
+        axes.set(xlabel="minutes of training", ylabel=f"{metric} on held-out prompts")
     axes.legend()
-    figure.savefig(HERE / "guidance.png", dpi=110)
+    figure.savefig(HERE / "results.png", dpi=110)
 
-@torch.no_grad()
+def draw_sound(axes, waveform, title: str) -> None:
+    """Loudness by time and pitch."""
+    axes.specgram(waveform + 1e-5, NFFT=512, noverlap=384, vmin=-70, cmap="magma")
+    axes.set(yticks=[], xticks=[], title=title)
+
 def draw_method(prompt="a man whistling then lion roaring", seed: int = 2, start: int = 1) -> None:
     """One group of clips of the bundled base model, from noise to advantage: nothing is a sketch.
     The paths are the clips' latents, in the direction in which the finished ones differ most."""
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
-    cfg = clap_ppo.Config(prompts=PROMPTS)
-    prompts, num_train = clap_ppo.split_prompts(cfg)
-    setup = clap_ppo.load_setup(cfg, prompts, num_train)
-    generator = torch.Generator().manual_seed(seed)
-    end, K = start + cfg.noise_window, cfg.clips_per_prompt
-    ids = torch.full((K,), prompts.index(prompt), device=setup.device)
-    rows = {"prompt_id": ids, "input_id": torch.arange(K, device=setup.device)}
-    paths = [clap_ppo.randn(setup, 1, generator).expand(K, -1, -1, -1)]
-    for step in range(cfg.num_steps):
-        rows["latents"], rows["step"] = paths[-1], torch.full_like(ids, step)
-        mean, sigma = policy(setup, rows, float(start <= step < end))
-        paths.append(mean + sigma * clap_ppo.randn(setup, K, generator))
-    waveforms, rewards = clap_ppo.score_clips(setup, paths[-1], ids[:1])
-    rewards, advantages = rewards[0], clap_ppo.group_advantages(rewards)[0]
-    flat = torch.stack(paths).flatten(2).cpu()                          # (T + 1, K, D)
-    centred = flat - flat[-1].mean(dim=0)
-    _, _, directions = torch.linalg.svd(centred[-1], full_matrices=False)
-    heights = centred @ directions[0]                                   # (T + 1, K)
+    cfg = Config(prompts=PROMPTS)
+    setup = clap_ppo.load_setup(cfg, [prompt], 1)
+    prompt_ids, paths = torch.tensor([0]), []
+    def watched_policy(setup, rows, eta):
+        paths.append(rows["latents"])
+        return policy(setup, rows, eta)
+    with mock.patch.object(clap_ppo, "policy", watched_policy):
+        generator = torch.Generator().manual_seed(seed)
+        latents, _ = rollout(setup, prompt_ids, torch.tensor([start]), generator)
+    waveforms, rewards = clap_ppo.score_clips(setup, latents, prompt_ids)
+    advantages = clap_ppo.group_advantages(rewards)[0]
+    order = advantages.argsort()
+    paths = torch.stack(paths + [latents]).flatten(2)                   # (T + 1, K, D)
+    _, _, directions = torch.pca_lowrank(paths[-1])
+    heights = paths @ directions[:, 0]                                  # (T + 1, K)
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    axes = figure.subplot_mosaic("LMB;LMW", width_ratios=[2.4, 1.3, 1.5])
-    colour = colormaps["coolwarm_r"]((advantages / 4 + 0.5).clamp(0, 1).numpy())
-    left, middle, order = axes["L"], axes["M"], rewards.argsort()
-    for k in range(K):
-        left.plot(heights[:, k], color=colour[k], linewidth=1.2)
-    left.plot(heights[:start + 1, 0], color="black", linewidth=2)
-    left.axvspan(start, end, color="gold", alpha=0.35)
-    for x, text in ((0.05, "one\nnoise"), (start + 0.05, "one\naction"),
-                    (end + 0.3, f"plain DDIM, to {K} different clips")):
-        left.text(x, 0.98, text, va="top", transform=left.get_xaxis_transform())
-    left.margins(y=0.16)
-    left.set(xlabel="denoising step", title=f'{K} clips of "{prompt}"',
-             ylabel="latents, main direction", xticks=range(cfg.num_steps + 1))
-    middle.barh(range(K), rewards[order], color=colour[order])
-    middle.axvline(rewards.mean(), color="black", linewidth=1, linestyle="--")
-    for y, k in enumerate(order.tolist()):
-        x = max(0.0, rewards[k].item()) + 0.04
-        middle.text(x, y, f"{advantages[k]:+.1f}", va="center", fontsize=8)
-    middle.set(xlabel="CLAP reward (dashed: mean); at its end the advantage", yticks=[],
-               xlim=(min(0, rewards.min().item()) - 0.05, 1.25), title="compared with each other")
-    for panel, k, title in (("B", order[-1], "best: made more likely"),
-                            ("W", order[0], "worst: made less likely")):
-        axes[panel].specgram(waveforms[k].numpy() + 1e-5, NFFT=512, noverlap=384, Fs=16000,
-                             vmin=-110, cmap="magma")
-        axes[panel].set(title=title, yticks=[], xticks=[])
+    axes = figure.subplot_mosaic("LB;LW", width_ratios=[2.6, 1])
+    colours = colormaps["coolwarm_r"]((advantages / 4 + 0.5).clamp(0, 1).numpy())
+    for k in order.flip(0):
+        label = f"{rewards[0, k]:.2f}: {advantages[k]:+.1f}"
+        axes["L"].plot(heights[:, k], color=colours[k], label=label)
+    axes["L"].legend(title="reward: advantage")
+    axes["L"].axvspan(start, start + cfg.noise_window, color="gold", alpha=0.35)
+    axes["L"].set(xlabel="denoising step (yellow: with noise; until then all clips are one)",
+                  ylabel="latents, main direction", title=f'{len(latents)} clips of "{prompt}"')
+    draw_sound(axes["B"], waveforms[order[-1]], "best: made more likely")
+    draw_sound(axes["W"], waveforms[order[0]], "worst: made less likely")
     figure.savefig(HERE / "method.png", dpi=110)
 
+def changed_most(run: Path) -> list:
+    """The pairs on an evaluated run's page, by how much the judge's score rose: the best of each
+    kind (sounds in order, several, one), then the second best of each kind, and so on."""
+    rows = json.loads((run / "data.js").read_text().split("=", 1)[1].strip(";\n"))["rows"]
+    rows.sort(key=lambda row: row["base"]["judge"] - row["tuned"]["judge"])
+    seen = Counter()
+    for row in rows:
+        word = re.search("then|before|after|followed|and|while|$", row["prompt"])[0]
+        kind = word in ("and", "while"), word == ""
+        row["turn"] = seen[kind]
+        seen[kind] += 1
+    return sorted(rows, key=lambda row: row["turn"])
+
+def draw_before_after(run: Path) -> None:
+    """Three held-out prompts, base above tuned from the same noise, and what the judge hears."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    panels = figure.subplots(2, 3)
+    for column, row in enumerate(changed_most(run)[:3]):
+        for axes, side, title in zip(panels[:, column], ("base", "tuned"), ("before", "after")):
+            waveform, _ = soundfile.read(run / row[side]["file"])
+            draw_sound(axes, waveform, f"{title}: {row['prompt']}")
+            verdict = "recognised by the judge"
+            if row[side]["heard"] != row["prompt"]:
+                verdict = "the judge hears: " + row[side]["heard"]
+            axes.set(xlabel=verdict)
+    figure.savefig(HERE / "before-after.png", dpi=110)
+
+DEMO = """# Before and after
+Made by `python samples/experiments.py demo {run} {log}`; the run's [settings](config.json) and
+[log](log.txt). Of its held-out prompts these six changed most, to a judge that took no part in
+training; both clips are from the same noise. `listen.html`, opened from a clone, plays all.\n
+"""
+
 def make_demo(run: Path, log: Path, demo: Path = HERE / "demo") -> None:
-    """Replaces samples/demo by the figures of an evaluated run, and by a page of 18 of its prompts:
-    12 held-out ones, and the six that the method was published with, in the toy's voice."""
-    from peft import set_peft_model_state_dict
-    cfg, _ = clap_ppo.parse_args(["--resume", str(run)])
+    """Replaces samples/demo by an evaluated run's page, its sounds as mp3, and six named pairs."""
     shutil.rmtree(demo, ignore_errors=True)
-    demo.mkdir()
+    for folder in ("listen", "named"):
+        (demo / folder).mkdir(parents=True)
+    for wav in (run / "listen").glob("*.wav"):
+        waveform, rate = soundfile.read(wav)
+        soundfile.write(demo / f"listen/{wav.stem}.mp3", waveform, rate, compression_level=0.8)
     shutil.copy(log, demo / "log.txt")
-    for name in ("metrics.jsonl", "evaluation.json", "curve.png"):
-        shutil.copy(run / name, demo / name)
-    config = (run / "config.json").read_text()          # without this machine's folders
-    (demo / "config.json").write_text(config.replace(f"{clap_ppo.HERE}/", ""))
-    published = list(clap_ppo.read_prompts(HERE / "published_prompts.txt").values())
-    held_out = list(clap_ppo.read_prompts(HERE / "eval_prompts.txt").values())
-    prompts = published + held_out[::3][:12]
-    setup = clap_ppo.load_setup(cfg, prompts, 0)        # none of them for training
-    file = run / "adapter/adapter_model.safetensors"
-    set_peft_model_state_dict(setup.unet, evaluate.load_file(file))
-    ear = evaluate.load_judge(str(HERE / "toy/judge"))
-    base, tuned = evaluate.make_base_clips(setup, ear, 1), evaluate.make_clips(setup, ear, 1)
-    rows = evaluate.save_clips(demo, base, tuned, prompts, 16000, "mp3")
-    for row in rows[:len(published)]:
-        row["note"] = "one of the method's six published prompts, in the toy's voice"
-    result = json.loads((run / "evaluation.json").read_text())
-    evaluate.save_page(demo, cfg, rows, result, 16000, name="the bundled model")
+    for name in ("config.json", "curve.png", "data.js", "listen.html"):
+        shutil.copy(run / name, demo)
+    data = (run / "data.js").read_text()
+    (demo / "data.js").write_text(data.replace(".wav", ".mp3"))
+    lines = []
+    for number, row in enumerate(changed_most(run)[:6], 1):
+        cells = [row["prompt"]]
+        for side, title in (("base", "before"), ("tuned", "after")):
+            name = f"named/{number:02}-{row['prompt'].replace(' ', '-')}-{title}.mp3"
+            shutil.copy(demo / row[side]["file"].replace(".wav", ".mp3"), demo / name)
+            cells.append(f"[{title}]({name}): the judge hears *{row[side]['heard']}*")
+        lines.append(cells)
+    text = DEMO.format(run=run, log=log) + table(["asked for", "original", "fine-tuned"], lines)
+    (demo / "README.md").write_text(text + "\n")
 
 # ==== 6. Command line ====
 def main(argv: list) -> None:
     """Runs what is named; without a name, lists what there is and how much of it is done."""
-    command, readme = (argv or ["list"])[0], HERE.parent / "README.md"
+    command, rows, readme = (argv or ["list"])[0], read_rows(), HERE.parent / "README.md"
     if command == "list":
         for name, (_, seeds, flags, parts) in EXPERIMENTS.items():
-            more = f" with other {', '.join(parts)}" if parts else ""
-            if seeds > 0:
-                print(f"{name:<12} {len(seeds_done(name))} of {seeds} seeds   {flags}{more}")
+            print(f"{name:<12} {len(runs_of(rows, name))} of {seeds} seeds   {flags}", *parts)
     elif command == "report":
-        readme.write_text(fill(readme.read_text(), read_rows()))
+        readme.write_text(fill(readme.read_text(), rows))
     elif command == "pictures":
-        draw_guidance(read_rows())
+        draw_results(rows)
         draw_method()
+        if len(argv) > 1:
+            draw_before_after(Path(argv[1]))
     elif command == "demo":
         make_demo(Path(argv[1]), Path(argv[2]))
     else:
-        names = list(EXPERIMENTS) if command == "all" else argv
+        names = argv
+        if command == "all":
+            names = list(EXPERIMENTS)
         for name in set(names) - set(EXPERIMENTS):
-            sys.exit(f"{name}: not one of all, report, {', '.join(EXPERIMENTS)}")
+            sys.exit(f"{name}: no experiment; without a name this lists them")
         for seed in range(5):                   # all experiments' first seeds come first
             for name in names:
-                if seed < EXPERIMENTS[name][1]:
+                if seed < EXPERIMENTS[name].seeds:
                     run_one(name, seed)
 
 
