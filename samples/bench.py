@@ -48,17 +48,16 @@ def build_pipeline(preset: str, rows: int, device) -> tuple[SimpleNamespace, dic
     torch.manual_seed(0)
     with torch.device(device):
         if preset == "audioldm":
-            unet = diffusers.UNet2DConditionModel(
-                **LEVELS, attention_head_dim=32, cross_attention_dim=LEVELS["block_out_channels"],
+            unet = diffusers.UNet2DConditionModel.from_config(LEVELS | dict(
+                attention_head_dim=32, cross_attention_dim=LEVELS["block_out_channels"],
                 class_embed_type="simple_projection", class_embeddings_concat=True,
-                projection_class_embeddings_input_dim=512)
+                projection_class_embeddings_input_dim=512))
             # As in `load_pipeline`.
             unet.forward = functools.partial(unet.forward, encoder_hidden_states=None)
             condition = {"class_labels": torch.nn.functional.normalize(torch.randn(rows, 512))}
         else:
-            unet = diffusers.AudioLDM2UNet2DConditionModel(
-                **LEVELS, attention_head_dim=[4, 8, 12, 20],
-                cross_attention_dim=4 * [[None, 768, 1024]])
+            unet = diffusers.AudioLDM2UNet2DConditionModel.from_config(LEVELS | dict(
+                attention_head_dim=[4, 8, 12, 20], cross_attention_dim=4 * [[None, 768, 1024]]))
             condition = {"encoder_hidden_states": torch.randn(rows, 8, 768),
                          "encoder_hidden_states_1": torch.randn(rows, 20, 1024),
                          "encoder_attention_mask_1": torch.ones(rows, 20, dtype=torch.int64)}
@@ -168,8 +167,9 @@ def main() -> None:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         total, within = network_seconds(setup, metrics)
-        peak = (torch.cuda.max_memory_allocated() if cuda else
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 30
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20      # GiB of KiB
+        if cuda:
+            peak = torch.cuda.max_memory_allocated() / 2 ** 30
         row = {"name": "bench", "seed": 0, "preset": args.preset, "device": name,
                "micro_batch": micro_batch, "clips": clips, "seconds": total,
                "overhead": round(total / sum(within.values()), 3), "peak_gib": round(peak, 2),

@@ -79,11 +79,11 @@ def regression_update(setup, rows, epoch, generator):
         latents = alpha_bar.sqrt() * part["finished"] + (1 - alpha_bar).sqrt() * noise
         condition = clap_ppo.take(setup.condition, part["prompt_id"])
         noise_pred = setup.unet(latents, setup.schedule[0][step], **condition).sample
-        error = (noise_pred - noise).square().flatten(1).mean(dim=1)
+        error = (noise_pred - noise).square().flatten(1).mean(1)
         loss = (error * part["advantage"].exp()).mean()
         setup.scaler.scale(loss).backward()
-        norm = clap_ppo.optimizer_step(setup, epoch * updates + i)
-    return {"grad_norm": norm}
+        clap_ppo.optimizer_step(setup, epoch * updates + i)
+    return {}
 
 # ==== 2. The experiments ====
 class Experiment(NamedTuple):
@@ -95,13 +95,11 @@ class Experiment(NamedTuple):
 PULL = {"replay": replay_with_pull}
 NO_REWARD = {"group_advantages": torch.zeros_like}
 ALL_STEPS = "--noise-window 10 --noise-until 1"
-# As many clips as the defaults make. Not DDPO's: 10 steps for 50; and the adapter, which DDPO has on
-# the attention, through which its model hears the prompt: this one hears it elsewhere.
+# As many clips as the defaults make. Not DDPO's: 10 steps, not 50; and the adapter's layers. DDPO
+# has it on the attention, where its model hears the prompt: this one hears it elsewhere.
 DDPO = (f"{ALL_STEPS} --starting-noise own --epochs 50 --clips-per-prompt 16 "
         "--learning-rate 3e-4 --updates-per-epoch 4 --lora-rank 4")
-# At the defaults' learning rate, 4e-3, regression did harm.
-RWR = "--learning-rate 1e-3 --updates-per-epoch 8"
-
+RWR = "--learning-rate 1e-3 --updates-per-epoch 8"      # with the defaults' 4e-3 it did harm
 # What the base model has for free, measured with each run of "ppo".
 GUIDANCE, BEST_OF = (1, 1.5, 2, 3, 5, 7), (4, 16)
 GUIDED = [f"base, guidance {scale:g}" for scale in GUIDANCE]
@@ -131,8 +129,7 @@ for name, title, flags in (
     if clap_ppo.parse_args(flags.split())[0] != Config():       # one of them is the default
         ABLATIONS[name] = Experiment(title, 3, flags)
 EXPERIMENTS = ARMS | ABLATIONS
-# U-Net passes that a clip costs: twice as many with guidance.
-PASSES = {"base, guidance 1": 10} | dict.fromkeys(GUIDED[1:], 20)
+PASSES = {"base, guidance 1": 10} | dict.fromkeys(GUIDED[1:], 20)       # of the U-Net, per clip
 PASSES |= {"base, best of 4": 40, "base, best of 16": 160} | dict.fromkeys(ARMS, 10) | {"ddpo": 20}
 
 # ==== 3. Running them ====
@@ -151,8 +148,8 @@ def read_rows() -> list:
     if RESULTS.exists():
         for line in RESULTS.read_text().splitlines():
             row = json.loads(line)
-            name = row["name"]
-            if name == "bench" or row.get("flags") == flags.get(name, "unknown"):
+            known = flags.get(row["name"], "unknown")
+            if row["name"] == "bench" or row.get("flags") == known:
                 rows.append(row)
     return sorted(rows, key=lambda row: row["seed"])
 
@@ -178,7 +175,7 @@ def run_one(name: str, seed: int) -> None:
         if clap_ppo.main(argv) != 0:
             return
         result = evaluate.evaluate(run, "", 12, guidance, best, snapshots=name in ARMS)
-    minutes = [0.0]                             # of training, after each epoch
+    minutes = [0.0]                     # of training, after each epoch
     for line in (run / "metrics.jsonl").read_text().splitlines():
         minutes.append(minutes[-1] + json.loads(line)["seconds"] / 60)
     rows, same = [], {"name": name, "seed": seed, "flags": flags}
@@ -221,7 +218,7 @@ def results_table(rows: list) -> str:
     lines = []
     for name, passes in PASSES.items():
         found, runs = scores(rows, name, "recognition"), runs_of(rows, name)
-        cells = [name, spread(found)]
+        cells = [EXPERIMENTS.get(name, Experiment(name, 5)).title, spread(found)]
         for metric, digits in (("judge_score", 2), ("reward", 2), ("diversity_right", 3)):
             cells.append(f"{mean(scores(rows, name, metric)):.{digits}f}")
         cells += [str(passes), "", "", str(len(found))]
@@ -229,7 +226,6 @@ def results_table(rows: list) -> str:
             minutes = mean({seed: run["minutes"] for seed, run in runs.items()})
             mended = sum([run["mended"] for run in runs.values()])
             broke = sum([run["broke"] for run in runs.values()])
-            cells[0] = ARMS[name].title
             cells[6:8] = f"{minutes:.1f}", f"{mended} : {broke}"
         if found:
             lines.append(cells)
@@ -242,7 +238,8 @@ def seeds_table(rows: list) -> str:
     for name in GUIDED + ["pull", "ppo"]:
         values = scores(rows, name, "recognition").values()
         if values:
-            lines.append([name] + [f"{value:.2f}" for value in values])
+            title = EXPERIMENTS.get(name, Experiment(name, 5)).title
+            lines.append([title] + [f"{value:.2f}" for value in values])
     return table(["seed", "0", "1", "2", "3", "4"], lines)
 
 def ablation_table(rows: list) -> str:
@@ -308,14 +305,15 @@ def draw_results(rows: list) -> None:
 
 def draw_sound(axes, waveform, title: str) -> None:
     """Loudness by time and pitch."""
-    axes.specgram(waveform + 1e-5, NFFT=512, noverlap=384, vmin=-70, cmap="magma")
-    axes.set(yticks=[], xticks=[], title=title)
+    axes.specgram(waveform + 1e-5, NFFT=512, vmin=-70, cmap="magma")
+    axes.set(yticks=[], xticks=[])
+    axes.set_title(title, fontsize=9)
 
 def draw_method(prompt="a man whistling then lion roaring", seed: int = 2, start: int = 1) -> None:
     """One group of clips of the bundled base model, from noise to advantage: nothing is a sketch.
     The paths are the clips' latents, in the direction in which the finished ones differ most."""
     from matplotlib import colormaps
-    cfg = Config(prompts=PROMPTS)
+    cfg = Config()
     setup = clap_ppo.load_setup(cfg, [prompt], 1)
     prompt_ids, paths = torch.tensor([0]), []
     def watched_policy(setup, rows, eta):
@@ -332,11 +330,11 @@ def draw_method(prompt="a man whistling then lion roaring", seed: int = 2, start
     heights = paths @ directions[:, 0]                                  # (T + 1, K)
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplot_mosaic("LB;LW", width_ratios=[2.6, 1])
-    colours = colormaps["coolwarm_r"]((advantages / 4 + 0.5).clamp(0, 1).numpy())
+    colours = colormaps["coolwarm_r"]((advantages / 4 + 0.5).numpy())
     for k in order.flip(0):
         label = f"{rewards[0, k]:.2f}: {advantages[k]:+.1f}"
         axes["L"].plot(heights[:, k], color=colours[k], label=label)
-    axes["L"].legend(title="reward: advantage")
+    axes["L"].legend(title="reward: advantage", loc="lower left")
     axes["L"].axvspan(start, start + cfg.noise_window, color="gold", alpha=0.35)
     axes["L"].set(xlabel="denoising step (yellow: with noise; until then all clips are one)",
                   ylabel="latents, main direction", title=f'{len(latents)} clips of "{prompt}"')
@@ -380,16 +378,17 @@ training; both clips are from the same noise. `listen.html`, opened from a clone
 def make_demo(run: Path, log: Path, demo: Path = HERE / "demo") -> None:
     """Replaces samples/demo by an evaluated run's page, its sounds as mp3, and six named pairs."""
     shutil.rmtree(demo, ignore_errors=True)
-    for folder in ("listen", "named"):
-        (demo / folder).mkdir(parents=True)
+    (demo / "listen").mkdir(parents=True)
+    (demo / "named").mkdir()
     for wav in (run / "listen").glob("*.wav"):
         waveform, rate = soundfile.read(wav)
         soundfile.write(demo / f"listen/{wav.stem}.mp3", waveform, rate, compression_level=0.8)
     shutil.copy(log, demo / "log.txt")
-    for name in ("config.json", "curve.png", "data.js", "listen.html"):
+    for name in ("curve.png", "listen.html"):
         shutil.copy(run / name, demo)
-    data = (run / "data.js").read_text()
-    (demo / "data.js").write_text(data.replace(".wav", ".mp3"))
+    for name in ("config.json", "data.js"):             # without this machine's folders
+        text = (run / name).read_text().replace(f"{clap_ppo.HERE}/", "")
+        (demo / name).write_text(text.replace(".wav", ".mp3"))
     lines = []
     for number, row in enumerate(changed_most(run)[:6], 1):
         cells = [row["prompt"]]
@@ -418,9 +417,7 @@ def main(argv: list) -> None:
     elif command == "demo":
         make_demo(Path(argv[1]), Path(argv[2]))
     else:
-        names = argv
-        if command == "all":
-            names = list(EXPERIMENTS)
+        names = list(EXPERIMENTS) if command == "all" else argv
         for name in set(names) - set(EXPERIMENTS):
             sys.exit(f"{name}: no experiment; without a name this lists them")
         for seed in range(5):                   # all experiments' first seeds come first
