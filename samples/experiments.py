@@ -13,7 +13,6 @@ can run side by side: give them other names, and one thread each (OMP_NUM_THREAD
 """
 
 import json
-import math
 import re
 import shutil
 import sys
@@ -25,6 +24,7 @@ from unittest import mock
 
 import soundfile
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
@@ -111,7 +111,7 @@ ARMS = {
     "rwr": Experiment("reward-weighted regression", 5, RWR,
                       {"rollout": rollout_with_clips, "update": regression_update}),
     "ddpo": Experiment("DDPO's settings, guidance 5", 5, DDPO,
-                       {"policy": with_guidance(5), "WARMUP_UPDATES": 1}),
+                       {"policy": with_guidance(5)}),
     "long": Experiment("PPO alone, three times the epochs", 1, "--epochs 300"),
 }
 ABLATIONS = {}
@@ -288,7 +288,7 @@ def draw_results(rows: list) -> None:
         for label in (GUIDED[0], best, "base, best of 4"):
             value = mean(scores(rows, label, metric))
             axes.axhline(value, color="grey", linestyle="--")
-            axes.annotate(label, (0, value))
+            axes.text(0, value, label)
         for i, (name, arm) in enumerate(ARMS.items()):
             curves = {}
             for row in rows:
@@ -312,7 +312,6 @@ def draw_sound(axes, waveform, title: str) -> None:
 def draw_method(prompt="a man whistling then lion roaring", seed: int = 2, start: int = 1) -> None:
     """One group of clips of the bundled base model, from noise to advantage: nothing is a sketch.
     The paths are the clips' latents, in the direction in which the finished ones differ most."""
-    from matplotlib import colormaps
     cfg = Config()
     setup = clap_ppo.load_setup(cfg, [prompt], 1)
     prompt_ids, paths = torch.tensor([0]), []
@@ -331,13 +330,14 @@ def draw_method(prompt="a man whistling then lion roaring", seed: int = 2, start
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplot_mosaic("LB;LW", width_ratios=[2.6, 1])
     colours = colormaps["coolwarm_r"]((advantages / 4 + 0.5).numpy())
+    left = axes["L"]
     for k in order.flip(0):
         label = f"{rewards[0, k]:.2f}: {advantages[k]:+.1f}"
-        axes["L"].plot(heights[:, k], color=colours[k], label=label)
-    axes["L"].legend(title="reward: advantage", loc="lower left")
-    axes["L"].axvspan(start, start + cfg.noise_window, color="gold", alpha=0.35)
-    axes["L"].set(xlabel="denoising step (yellow: with noise; until then all clips are one)",
-                  ylabel="latents, main direction", title=f'{len(latents)} clips of "{prompt}"')
+        left.plot(heights[:, k], color=colours[k], label=label)
+    left.legend(title="reward: advantage", loc="lower left")
+    left.axvspan(start, start + cfg.noise_window, color="gold", alpha=0.35)
+    left.set(xlabel="denoising step (yellow: with noise; until then all clips are one)",
+             ylabel="latents, main direction", title=f'{len(latents)} clips of "{prompt}"')
     draw_sound(axes["B"], waveforms[order[-1]], "best: made more likely")
     draw_sound(axes["W"], waveforms[order[0]], "worst: made less likely")
     figure.savefig(HERE / "method.png", dpi=110)
@@ -368,7 +368,6 @@ def draw_before_after(run: Path) -> None:
                 verdict = "the judge hears: " + row[side]["heard"]
             axes.set(xlabel=verdict)
     figure.savefig(HERE / "before-after.png", dpi=110)
-
 DEMO = """# Before and after
 Made by `python samples/experiments.py demo {run} {log}`; the run's [settings](config.json) and
 [log](log.txt). Of its held-out prompts these six changed most, to a judge that took no part in
@@ -403,11 +402,12 @@ def make_demo(run: Path, log: Path, demo: Path = HERE / "demo") -> None:
 # ==== 6. Command line ====
 def main(argv: list) -> None:
     """Runs what is named; without a name, lists what there is and how much of it is done."""
-    command, rows, readme = (argv or ["list"])[0], read_rows(), HERE.parent / "README.md"
+    command, rows = (argv or ["list"])[0], read_rows()
     if command == "list":
         for name, (_, seeds, flags, parts) in EXPERIMENTS.items():
             print(f"{name:<12} {len(runs_of(rows, name))} of {seeds} seeds   {flags}", *parts)
     elif command == "report":
+        readme = HERE.parent / "README.md"
         readme.write_text(fill(readme.read_text(), rows))
     elif command == "pictures":
         draw_results(rows)
