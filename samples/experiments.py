@@ -334,7 +334,7 @@ def draw_method(prompt="a man whistling then lion roaring", seed: int = 2, start
     for k in order.flip(0):
         label = f"{rewards[0, k]:.2f}: {advantages[k]:+.1f}"
         left.plot(heights[:, k], color=colours[k], label=label)
-    left.legend(title="reward: advantage", loc="lower left")
+    left.legend(title="reward: advantage", loc="lower left", fontsize=7)
     left.axvspan(start, start + cfg.noise_window, color="gold", alpha=0.35)
     left.set(xlabel="denoising step (yellow: with noise; until then all clips are one)",
              ylabel="latents, main direction", title=f'{len(latents)} clips of "{prompt}"')
