@@ -309,7 +309,7 @@ def draw_sound(axes, waveform, title: str) -> None:
     axes.set(yticks=[], xticks=[])
     axes.set_title(title, fontsize=9)
 
-def draw_method(prompt="a man whistling then lion roaring", seed: int = 2, start: int = 1) -> None:
+def draw_method(prompt="a man whistling then lion roaring", seed: int = 2, start: int = 0) -> None:
     """One group of clips of the bundled base model, from noise to advantage: nothing is a sketch.
     The paths are the clips' latents, in the direction in which the finished ones differ most."""
     cfg = Config()
