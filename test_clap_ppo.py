@@ -151,8 +151,7 @@ def run_flags(prompt_file):
 
 @pytest.fixture(scope="session")
 def finished_run(run_flags, tmp_path_factory):
-    """That run, by the script copied *alone* into an empty folder, in a process whose network is
-    cut: whatever wants to fetch will try, and be noted."""
+    """That run, by the script *alone* in a folder, with the network cut and attempts noted."""
     folder = tmp_path_factory.mktemp("alone")
     shutil.copy(HERE / "clap_ppo.py", folder)
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
@@ -167,8 +166,7 @@ def finished_run(run_flags, tmp_path_factory):
 @pytest.mark.parametrize("spacing, offset, one, num_steps, eta", list(itertools.product(
     ("leading", "trailing", "linspace"), (0, 1), (True, False), (10, 7), (0.3, 1.0))))
 def test_a_step_is_that_of_diffusers(spacing, offset, one, num_steps, eta):
-    """With the same noise both land on the same x_{t-1}. Seven steps do not divide 1000, which is
-    where a formula for the previous timestep goes wrong."""
+    """Seven steps do not divide 1000, where a formula for the previous timestep goes wrong."""
     scheduler = make_scheduler(timestep_spacing=spacing, steps_offset=offset, set_alpha_to_one=one)
     timesteps, alpha_bar_t, alpha_bar_prev = clap_ppo.ddim_schedule(scheduler, num_steps)
     assert timesteps.tolist() == scheduler.timesteps.tolist()
@@ -337,8 +335,7 @@ def break_replay(setup, rows: dict, fault: str) -> tuple:
 @pytest.mark.parametrize("family", ["toy", slow("audioldm"), slow("audioldm2")])
 def test_the_ratio_starts_at_one_whatever_the_kernels_do_and_a_broken_replay_stops_the_run(
         setup, narrow, monkeypatch, family, dtype, error):
-    """Not by chance: the log-probs of the rollout, asked in other batches, are other numbers. The
-    noisy steps are early ones, which tell a broken replay from rounding the least."""
+    """Not by chance: the log-probs of the rollout, asked in other batches, are other numbers."""
     if family != "toy":
         setup = narrow_setup(narrow(family), loud=100)
     seen, real = [], clap_ppo.ppo_loss
@@ -427,8 +424,7 @@ def test_a_reward_is_any_n_finite_numbers_or_refused_by_name(monkeypatch, return
         assert torch.equal(rewards, NUMBERS.view(2, 2)) and not rewards.requires_grad
 
 def save_as_official(file: Path, model, changes: dict) -> str:
-    """A CLAP checkpoint as the official ones were written: by a DataParallel training, an older
-    transformers (position_ids), with a numpy scalar and the command line's Namespace."""
+    """A CLAP checkpoint as the official ones: module., position_ids, numpy scalar, Namespace."""
     state = {f"module.{k}": v for k, v in model.state_dict().items()}
     state["module.text_branch.embeddings.position_ids"] = torch.arange(10)[None]
     state = {k: v for k, v in (state | changes).items() if v is not None}
@@ -504,8 +500,7 @@ def test_an_advantage_says_how_much_better_a_clip_is_than_others_of_its_prompt(r
 
 # ==== 5. What clipping does, case by case ========================================================
 def test_clipping_stops_what_went_far_enough_and_nothing_else():
-    """The clip range is 0.2. The loss is a mean over rows; the gradient of a row's term on its
-    log-prob is -A * ratio, or 0 where clipped."""
+    """The gradient of a row's term on its log-prob is -A * ratio, or 0 where clipped."""
     advantages, ratio, terms, gradients = torch.tensor([
         (+3, 1.0, -3.0, -3.0),      # at ratio 1 clipped PPO is REINFORCE
         (+1, 1.1, -1.1, -1.1),      # good, more likely, within the range: push on
@@ -596,8 +591,7 @@ def test_the_micro_batch_changes_memory_and_speed_but_not_the_result(monkeypatch
         torch.testing.assert_close(results[1][name], value, rtol=1e-3, atol=1e-5)
 
 def test_an_update_raises_good_actions_and_its_rate_warms_up_over_the_whole_run():
-    """Of a run's 35 steps lr rises over ten, while it falls over all of them to 0. Sixteen rows do
-    not divide evenly: torch.chunk would give six of the seven updates."""
+    """Sixteen rows do not divide evenly: torch.chunk would give six of the seven updates."""
     setup = painter_setup(0.1, updates_per_epoch=7, learning_rate=0.2, epochs=5, clip_range=5e-4)
     rates, step, (_, rows) = [], setup.optimizer.step, roll(setup)
     setup.optimizer.step = lambda: (rates.append(setup.optimizer.param_groups[0]["lr"]), step())
@@ -1022,8 +1016,7 @@ def make_clips(judge, **more) -> evaluate.Clips:
         embeds=torch.ones(count, n, 1)) | more)
 
 def test_diversity_loudness_and_broken_clips_mean_what_they_say():
-    """The judge hears prompt 0 everywhere, so prompt 1 has no two recognised clips: its diversity
-    among those is left out of the mean. A tenth of full scale is -20 dB."""
+    """The judge hears prompt 0 everywhere, so prompt 1 has no two recognised clips."""
     judge, waveforms = torch.eye(2)[:1].expand(2, 2, 2), torch.full((2, 2, 100), 0.1)
     embeds = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]])
     waveforms[1] = torch.tensor([[0.0], [1.0]])                      # silence, and clipping
@@ -1075,15 +1068,14 @@ NASTY = ["<script>window.pwned = 1</script> wind", 'a "quoted" \'dog\' & <b>cat<
 PAGE_PROMPTS = NASTY + [f"prompt number {i} of a long file, all different" for i in range(11)]
 
 def test_the_judge_hears_what_the_run_played(finished_run):
-    """The same clips, so the same rewards; at guidance 1 others; the last snapshot is the tuned
-    model, and the best of n the more rewarded the larger n."""
+    """The same clips, so the same rewards; the last snapshot is the tuned model."""
     run = finished_run.folder
     flags = ["--judge", str(TOY / "judge"), "--guidance", "1", "--best-of", "1", "4", "--snapshots",
              "--noises", str(clap_ppo.EVAL_CLIPS)]
     assert evaluate.main([str(run), *flags]) == 0
     found = json.loads((run / "evaluation.json").read_text())
-    for side, shown in zip(("base", "tuned"), re.search(r"reward (\S+) -> (\S+)\n",
-                                                        finished_run.out).groups()):
+    shown = re.search(r"reward (\S+) -> (\S+)\n", finished_run.out).groups()
+    for side, shown in zip(("base", "tuned"), shown):
         assert found[side]["reward"]["value"] == pytest.approx(float(shown), abs=6e-4)
     assert found["snapshots"][-1]["judge_score"] == found["tuned"]["judge_score"]
     assert [row["label"] for row in found["guidance"]] == ["base, guidance 1", "tuned, guidance 1"]
@@ -1126,6 +1118,12 @@ def page(page_folder):
         yield page
     assert errors == [] and [url for url in asked if not url.startswith(("file:", "blob:"))] == []
 
+def check_one_plays_at_a_time(page):
+    page.locator("h1").click()                          # or the browser lets nothing play
+    for i in (0, 1):
+        page.locator("audio").nth(i).evaluate("a => { a.loop = true; a.play().catch(() => 0) }")
+    page.wait_for_function("(([a, b]) => a.paused > b.paused)(document.querySelectorAll('audio'))")
+
 def test_the_plain_page_of_a_run_plays_its_clips_and_prompts_are_text(
         page, finished_run, tmp_path, monkeypatch):
     """Tags, quotes, emoji and Arabic appear as written, and nothing in them runs."""
@@ -1139,15 +1137,10 @@ def test_the_plain_page_of_a_run_plays_its_clips_and_prompts_are_text(
     clap_ppo.finish(setup, tmp_path)
     page.goto((tmp_path / "index.html").as_uri())       # what changed most comes first
     assert page.locator("tbody th[scope=row]").all_text_contents() == NASTY[::-1]
-    page.locator("h1").click()                          # or the browser lets nothing play
-    for i in (3, 4):                                    # one plays at a time
-        page.locator("audio").nth(i).evaluate("a => { a.loop = true; a.play().catch(() => 0) }")
-    page.wait_for_function("document.querySelectorAll('audio')[3].paused")
-    assert not page.locator("audio").nth(4).evaluate("a => a.paused")
+    check_one_plays_at_a_time(page)
     for folder, prompts in ((finished_run.folder, HELD_OUT), (tmp_path, NASTY)):
         page.goto((folder / "index.html").as_uri())
-        rows = page.locator("th[scope=row]").all_text_contents()
-        assert sorted(rows) == sorted(prompts)
+        assert {*page.locator("th[scope=row]").all_text_contents()} == {*prompts}
         players = "[...document.querySelectorAll('audio')]"
         page.wait_for_function(f"{players}.every(a => a.duration == 2.56)")
         assert page.locator("audio").count() == 2 * len(prompts)
@@ -1165,10 +1158,7 @@ def test_a_blind_test_hides_sides_and_anchors_and_one_clip_plays_at_a_time(page)
         for item, side in itertools.product(anchors, "ab"):
             assert item[side]["score"] == (base[item[side]["file"]] == item["prompt"])
     torch.testing.assert_close(seen / 500, torch.tensor([[0.2, 0.5]] * 10), atol=0.12, rtol=0)
-    page.locator("h1").click()                          # or the browser lets nothing play
-    for i in (0, 1):
-        page.locator("audio").nth(i).evaluate("a => { a.loop = true; a.play().catch(() => 0) }")
-    page.wait_for_function("(([a, b]) => a.paused > b.paused)(document.querySelectorAll('audio'))")
+    check_one_plays_at_a_time(page)
 
 def test_the_blind_test_by_keyboard_and_its_rates(page, tmp_path, capsys):
     """This listener recognises tuned clips only and prefers them, but for one. No answer counts
@@ -1275,8 +1265,7 @@ def narrow(tmp_path_factory):
     return make
 
 def narrow_setup(folder: Path, loud: float):
-    """A narrow real architecture with the toy's CLAP. A random U-Net whispers (its output has a
-    standard deviation of a third) and hardly hears its prompt: both are turned up."""
+    """With the toy's CLAP. A random U-Net whispers and hardly hears its prompt: both turned up."""
     setup = load("--prompts", str(TOY.parent / "prompts.txt"), "--model", str(folder), *CLAP, *TINY)
     setup.unet.base_model.model.conv_out.weight.data *= 3
     for name, value in setup.condition.items():
