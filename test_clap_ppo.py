@@ -84,8 +84,7 @@ def config(**changes) -> clap_ppo.Config:
     return dataclasses.replace(clap_ppo.parse_args(TINY)[0], **changes)
 
 def painter_setup(adapter_noise=0.0, **changes) -> clap_ppo.Setup:
-    """Two prompts, "up" that likes large latents and "down" that likes small ones, and a Painter as
-    the policy. `adapter_noise` moves the adapter away from the base."""
+    """Prompts "up" and "down" like large and small latents. `adapter_noise` moves the adapter."""
     cfg = config(**{"num_steps": 10, "eval_guidance": 1.0} | changes)
     torch.manual_seed(2)
     unet = clap_ppo.add_lora(Painter(2), 4)
@@ -203,8 +202,7 @@ def test_half_precision_goes_in_and_float32_comes_out_and_never_nan():
     assert clap_ppo.ddim_mean(output, latents, *bars, sigma).isfinite().all()
 
 def naive_rollout(setup, starts):
-    """What a rollout means, clip by clip, with diffusers' own scheduler: latents, {(clip, step):
-    (x_t, x_{t-1})}. Only the order in which noise is drawn is shared with the script."""
+    """What it means, clip by clip, by diffusers: latents, {(clip, step): (x_t, x_{t-1})}."""
     cfg, K, scheduler = setup.cfg, setup.cfg.clips_per_prompt, make_scheduler()
     visited, size, generator = {}, (2 * K, 1, *setup.latent_shape), seeded(0)
     noise = torch.randn(size, generator=generator)
@@ -258,8 +256,7 @@ def test_the_unet_answers_once_for_all_clips_that_are_still_one(noise, rows_aske
 
 @pytest.mark.parametrize("until, expected", [(1.0, {0, 1, 2, 3}), (0.5, {0, 1})])
 def test_windows_fall_everywhere_in_their_part_of_the_path(until, expected):
-    """Of 6 steps, the last, 5, is never in a window of 2; --noise-until 0.5 keeps them within the
-    first three. Prompts repeat only if there are too few, and held-out ones are never drawn."""
+    """Prompts repeat only if there are too few, and held-out ones are never drawn."""
     setup, begins, counts = painter_setup(num_steps=6, noise_until=until), set(), []
     setup.prompts.append("held out")
     for seed in range(20):
@@ -1008,6 +1005,11 @@ def test_the_generated_tables_of_the_readme_are_current():
     assert experiments.fill(README, experiments.read_rows()) == README
 
 # ==== 10. The judge, its page, the samples scripts ===============================================
+def test_captions_name_the_related_sound_and_turn_the_order():
+    scene, rng = ("then", ("dog_bark", "wind")), np.random.default_rng(0)
+    for shares, told in ((1, 0), ("dog_whimper", "water")), ((0, 1), ("wind", "dog_bark")):
+        assert make_toy.toy_sounds.mishear(scene, rng, *shares) == ("then", told)
+
 def make_clips(judge, **more) -> evaluate.Clips:
     """Clips of M prompts from judge scores (M, n, M), the rest filled in."""
     count, n, _ = judge.shape
@@ -1125,7 +1127,7 @@ def check_one_plays_at_a_time(page):
     page.wait_for_function("(([a, b]) => a.paused > b.paused)(document.querySelectorAll('audio'))")
 
 def test_the_plain_page_of_a_run_plays_its_clips_and_prompts_are_text(
-        page, finished_run, tmp_path, monkeypatch):
+        page, finished_run, tmp_path, monkeypatch, capsys):
     """Tags, quotes, emoji and Arabic appear as written, and nothing in them runs."""
     assert page.locator("#rows h3").all_text_contents() == PAGE_PROMPTS
     assert page.locator("#kind").text_content() == "Training prompts, by the judge"
@@ -1135,6 +1137,7 @@ def test_the_plain_page_of_a_run_plays_its_clips_and_prompts_are_text(
     answers = [(waves, rewards), (waves, rewards - torch.arange(len(NASTY))[:, None])]
     monkeypatch.setattr(clap_ppo, "score_held_out", lambda *args: answers.pop(0))
     clap_ppo.finish(setup, tmp_path)
+    assert "of 5 prompts 0 clearly better, 4 clearly worse" in capsys.readouterr().out
     page.goto((tmp_path / "index.html").as_uri())       # what changed most comes first
     assert page.locator("tbody th[scope=row]").all_text_contents() == NASTY[::-1]
     check_one_plays_at_a_time(page)
@@ -1147,8 +1150,7 @@ def test_the_plain_page_of_a_run_plays_its_clips_and_prompts_are_text(
         assert page.evaluate("window.pwned") is None
 
 def test_a_blind_test_hides_sides_and_anchors_and_one_clip_plays_at_a_time(page):
-    """In many tests, by place: an anchor, one of two in ten; A is tuned, or the prompt's clip. An
-    anchor is two clips by the base model, one of them of another prompt."""
+    """By place. An anchor is two clips by the base model, one of them of another prompt."""
     base = {row["base"]["file"]: row["prompt"] for row in page.evaluate("run.rows")}
     seen = torch.zeros(10, 2)
     for plan in page.evaluate("Array.from({length: 500}, () => makePlan(8))"):
@@ -1301,9 +1303,8 @@ def test_a_loss_scale_survives_a_stop(run_flags, tmp_path, monkeypatch):
     flags = [*run_flags, "--dtype", "float16", "--epochs", "1", "--out", str(tmp_path / "run")]
     monkeypatch.setattr(clap_ppo, "finish", lambda *args: None)
     assert clap_ppo.main(flags) == 0
-    cfg, run = clap_ppo.parse_args(["--resume", str(tmp_path / "run")])
-    scaler = clap_ppo.resume_run(cfg, run)[0].scaler.state_dict()
-    assert scaler["scale"] == 65536 and scaler["_growth_tracker"] == 2
+    resumed, _ = clap_ppo.resume_run(*clap_ppo.parse_args(["--resume", str(tmp_path / "run")]))
+    assert resumed.scaler.get_scale() == 65536 and resumed.scaler._get_growth_tracker() == 2
 
 def test_float16_skips_a_step_that_overflows_but_not_for_ever():
     """The scaler halves its scale until nothing is left to halve. The log takes no infinities."""
@@ -1345,6 +1346,5 @@ def test_a_checkpoint_named_by_its_place_on_the_hub_is_fetched_once(clap, monkey
     asked = []
     monkeypatch.setattr("huggingface_hub.hf_hub_download",
                         lambda *args: asked.append(args) or str(TOY / "clap.pt"))
-    flags = re.search(r"--clap (\S+)", clap_ppo.__doc__)
-    clap_ppo.load_clap(flags[1], clap.tokenizer)
+    clap_ppo.load_clap(re.search(r"--clap (\S+)", clap_ppo.__doc__)[1], clap.tokenizer)
     assert asked == [("lukewys/laion_clap", "630k-audioset-best.pt")]
