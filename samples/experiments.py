@@ -366,7 +366,7 @@ def draw_before_after(run: Path) -> None:
             verdict = "recognised by the judge"
             if row[side]["heard"] != row["prompt"]:
                 verdict = "the judge hears: " + row[side]["heard"]
-            axes.set(xlabel=verdict)
+            axes.set_xlabel(verdict, fontsize=8)
     figure.savefig(HERE / "before-after.png", dpi=110)
 DEMO = """# Before and after
 Made by `python samples/experiments.py demo {run} {log}`; the run's [settings](config.json) and
