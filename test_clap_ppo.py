@@ -1139,14 +1139,14 @@ def test_the_plain_page_of_a_run_plays_its_clips_and_prompts_are_text(
     clap_ppo.finish(setup, tmp_path)
     assert "of 5 prompts 0 clearly better, 4 clearly worse" in capsys.readouterr().out
     page.goto((tmp_path / "index.html").as_uri())       # what changed most comes first
-    assert page.locator("tbody th[scope=row]").all_text_contents() == NASTY[::-1]
+    assert [row.strip() for row in page.locator("tr").all_text_contents()[1:]] == [
+        f"{NASTY[i]}0.00{-i:.2f}" for i in (4, 3, 2, 1, 0)]
     check_one_plays_at_a_time(page)
     for folder, prompts in ((finished_run.folder, HELD_OUT), (tmp_path, NASTY)):
         page.goto((folder / "index.html").as_uri())
         assert {*page.locator("th[scope=row]").all_text_contents()} == {*prompts}
-        players = "[...document.querySelectorAll('audio')]"
-        page.wait_for_function(f"{players}.every(a => a.duration == 2.56)")
-        assert page.locator("audio").count() == 2 * len(prompts)
+        players = "[...document.querySelectorAll('audio')].filter(a => a.duration == 2.56)"
+        page.wait_for_function(f"{players}.length == {2 * len(prompts)}")
         assert page.evaluate("window.pwned") is None
 
 def test_a_blind_test_hides_sides_and_anchors_and_one_clip_plays_at_a_time(page):
