@@ -223,7 +223,7 @@ class Setup:
     cfg: Config
     prompts: list          # training prompts, then held-out ones; a prompt's id is its place
     num_train: int         # how many of them are training prompts
-    condition: dict        # the U-Net's keyword tensors: a row per prompt id, as many empty ones
+    condition: dict        # the U-Net's keyword tensors: N prompts, then N times the empty one
     pipeline: object       # the stock diffusers pipeline, whose VAE and vocoder decode
     reward: Callable       # (waveforms (N, samples), sample_rate, prompts) -> (N,)
     reward_name: str
