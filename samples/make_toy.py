@@ -53,7 +53,7 @@ EMBED = 64                   # width of the text embedding that conditions the U
 # The U-Net's captions (toy_sounds.mishear, toy_sounds.mislabel): the share of sounds told as the
 # one that they resemble, of "then" captions told backwards, and of those wrong at random.
 PLAIN_CAPTIONS = 0, 0, 0.1
-CONFUSING_CAPTIONS = 0.5, 0.4, 0.15
+CONFUSING_CAPTIONS = 0.5, 0.5, 0.1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -485,7 +485,7 @@ def unet_stage(args):
     if not (args.build / "unet.pt").exists():
         train("unet-first", unet, partial(loss_fn, "unet-first"), args, steps=5500, lr=1.5e-3,
               batch=64, ema_decay=0.999, weight_decay=0.01)
-    train("unet", unet, partial(loss_fn, "unet"), args, steps=500, lr=7e-4, batch=64,
+    train("unet", unet, partial(loss_fn, "unet"), args, steps=350, lr=7e-4, batch=64,
           ema_decay=0.99, weight_decay=0.01)
     return vae, tokenizer, encoder, unet
 
