@@ -37,8 +37,7 @@ P prompts, K clips per prompt, B = P * K, T steps, R rows of the table, D = C * 
 Where this differs from DDPO (Black et al. 2023), and why:
     1. The K clips of a prompt start from one x_T: its luck need not enter the advantage.
     2. Noise is added in three early steps, where it is decided which sounds there will be; the
-       others are plain DDIM. Up to its first action a group shares x_t, and the U-Net answers once
-       for all. Textbook: `--noise-window 10 --noise-until 1 --starting-noise own`.
+       others are plain DDIM. Textbook: `--noise-window 10 --noise-until 1 --starting-noise own`.
     3. Advantages use the statistics of this epoch's K clips of the prompt, no running buffer.
     4. The policy is trained without classifier-free guidance, at half the cost.
     5. The last step is sampled but not trained: its sigma is so small that its log-prob is noise.
@@ -292,8 +291,7 @@ def rollout(setup: Setup, prompt_ids: Tensor, first_noisy: Tensor,
     #   step 0   x_T is one for all three: the U-Net is asked once, all three go to the mean
     #   step 1   x_t is still one, the U-Net is asked once; three draws around the mean are three
     #            actions: three rows of the table, equal in x_t and input_id, different in x_{t-1}
-    #   step 2   three different x_t: three questions, each clip goes to its own mean; no rows
-    #   step 3   likewise. Three finished clips that differ by one action each
+    #   step 2 and 3   three different x_t: three questions, each goes to its own mean; no rows
     cfg, K = setup.cfg, setup.cfg.clips_per_prompt
     prompt_ids = prompt_ids.repeat_interleave(K)                # (P,) -> (B,)
     first_noisy = first_noisy.repeat_interleave(K)
@@ -518,14 +516,16 @@ def encode_prompts(pipeline, prompts: list) -> dict:
         condition[name] = nn.utils.rnn.pad_sequence(tensors, batch_first=True)
     return condition
 
+# The transformer blocks, and the layers through which an AudioLDM U-Net hears its prompt.
+LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in",
+               "proj_out", "time_emb_proj", "class_embedding"]
+
 def add_lora(unet, rank: int):
     """The U-Net as a `peft.PeftModel` whose only trainable weights are LoRA's (Hu et al. 2021)."""
     from peft import LoraConfig, get_peft_model
-    # The attention, as everywhere; and the layers through which an AudioLDM U-Net hears its prompt.
-    # Each of their matrices W becomes W + B A, with B zero at first: the policy starts as the base
-    # model, and is the base model again within `unet.disable_adapter()`.
-    targets = ["to_q", "to_k", "to_v", "to_out.0", "time_emb_proj", "class_embedding"]
-    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+    # A layer's matrix W becomes W + B A, with B zero at first: the policy starts as the base model,
+    # and is the base model again within `unet.disable_adapter()`.
+    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_LAYERS)
     return get_peft_model(unet, lora).eval()
 
 def adapter_state(unet) -> dict:
