@@ -200,10 +200,10 @@ def mean(values: dict) -> float:
     return torch.tensor(list(values.values())).mean().item()
 
 def spread(values: dict, sign: str = "") -> str:
-    """Mean over seeds ± half of its 95 % t-interval; the mean alone of one seed."""
+    """Mean over seeds ± half of its 95 % t-interval; the mean alone of one or two seeds."""
     from scipy import stats
     count, text = len(values), f"{mean(values):{sign}.2f}"
-    if count > 1:
+    if count > 2:
         half = stats.t.ppf(0.975, count - 1) * stats.sem(list(values.values()))
         text += f" ± {half:.2f}"
     return text
