@@ -729,7 +729,7 @@ def finish(setup: Setup, run: Path) -> None:
     change, prompts = after - before, setup.prompts[-len(after):]
     page = ("<!doctype html><html lang=en><meta charset=utf-8><title>Before and after</title>"
             "<meta name=viewport content='width=device-width'><style>audio {width: 28vw}</style>"
-            "<main><h1>Before and after: what changed most comes first</h1><table>"
+            "<main><h1>Before and after, with rewards: what changed most first</h1><table>"
             "<tr><th scope=col>prompt<th scope=col>original<th scope=col>fine-tuned")
     for i in change.abs().argsort(descending=True).tolist():
         prompt = html.escape(prompts[i])                # text, never a tag
