@@ -122,7 +122,7 @@ for name, title, flags in (
         ("textbook", "noise in all 10 steps, 9 trained", ALL_STEPS),
         ("own-noise", "each clip its own starting noise", "--starting-noise own"),
         ("8x16", "8 prompts x 16 clips", "--prompts-per-epoch 8 --clips-per-prompt 16"),
-        ("32x4", "32 prompts x 4 clips", "--prompts-per-epoch 32 --clips-per-prompt 4"),
+        ("8x8", "8 prompts x 8 clips, 120 epochs", "--prompts-per-epoch 8 --epochs 120"),
         ("no-clipping", "no clipping", "--clip-range 1e3"),
         ("small-kl", "KL 0.01 to the base", "--kl-weight 0.01"),
         ("rank-2", "an adapter of rank 2", "--lora-rank 2")):
