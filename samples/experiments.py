@@ -95,8 +95,7 @@ class Experiment(NamedTuple):
 PULL = {"replay": replay_with_pull}
 NO_REWARD = {"group_advantages": torch.zeros_like}
 ALL_STEPS = "--noise-window 10 --noise-until 1"
-# As many clips as the defaults make. Not DDPO's: 10 steps, not 50; and the adapter's layers. DDPO
-# has it on the attention, where its model hears the prompt: this one hears it elsewhere, too.
+# As many clips as the defaults make; 10 steps, not 50; an adapter where this model hears prompts.
 DDPO = (f"{ALL_STEPS} --starting-noise own --epochs 40 --clips-per-prompt 16 "
         "--learning-rate 3e-4 --updates-per-epoch 4 --lora-rank 4")
 NARROW = {"LORA_LAYERS": ["to_q", "to_k", "to_v", "to_out.0", "time_emb_proj", "class_embedding"]}
@@ -285,10 +284,10 @@ def draw_results(rows: list) -> None:
     figure = Figure(figsize=(11, 5), layout="constrained")
     best = max(GUIDED, key=lambda label: mean(scores(rows, label, "recognition")))
     for axes, metric in zip(figure.subplots(1, 2), ("recognition", "reward")):
-        for label in (GUIDED[0], best, "base, best of 4"):
+        for i, label in enumerate((GUIDED[0], best, "base, best of 4")):
             value = mean(scores(rows, label, metric))
             axes.axhline(value, color="grey", linestyle="--")
-            axes.text(0, value, label)
+            axes.text(12 * i, value, label)
         for i, (name, arm) in enumerate(ARMS.items()):
             curves = {}
             for row in rows:
@@ -296,8 +295,9 @@ def draw_results(rows: list) -> None:
                     point = row["minutes"], row[metric]["value"]
                     curves.setdefault(row["seed"], []).append(point)
             if curves:
-                minutes, values = torch.tensor(list(curves.values())).permute(2, 1, 0)
-                axes.plot(minutes, values, color=f"C{i}", linewidth=0.5)    # (points, seeds)
+                points = torch.tensor(list(curves.values()))        # (seeds, points, 2)
+                minutes, values = points.permute(2, 1, 0)           # (points, seeds) each
+                axes.plot(minutes, values, color=f"C{i}", linewidth=0.5)
                 axes.plot(minutes.mean(1), values.mean(1), "o-", color=f"C{i}", label=arm.title)
         axes.set(xlabel="minutes of training", ylabel=f"{metric} on held-out prompts")
     axes.legend()
