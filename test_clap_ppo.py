@@ -1,6 +1,6 @@
 """Chapter two: what `clap_ppo.py` claims, tried out. Read it after the script, from top to bottom.
 
-    pytest test_clap_ppo.py                 # nearly everything, under three minutes on two cores
+    pytest test_clap_ppo.py                 # nearly everything, under four minutes on two cores
     pytest test_clap_ppo.py -k clipping     # one chapter, by a word in its tests' names
     pytest test_clap_ppo.py -m slow         # full-size CLAP, a killed process
 
@@ -27,29 +27,33 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")     # read once, when huggingface_hub is imported
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import safetensors.torch  # noqa: E402
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.distributions import Normal, kl_divergence  # noqa: E402
-import clap_ppo  # noqa: E402
-from clap_ppo import UserError  # noqa: E402
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from filelock import FileLock
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+
+import clap_ppo
+from clap_ppo import UserError
 
 HERE = Path(__file__).resolve().parent
 TOY = HERE / "samples/toy"
+README = (HERE / "README.md").read_text()
 sys.path.insert(0, str(HERE / "samples"))
-import bench, evaluate, experiments, make_toy  # noqa: E401, E402
+import bench, evaluate, experiments, make_toy  # noqa: E401, I001
 
 TINY = ["--prompts-per-epoch", "2", "--clips-per-prompt", "4", "--num-steps", "5", "--epochs", "3",
-        "--updates-per-epoch", "2", "--noise-window", "2", "--noise-until", "1",
-        "--micro-batch", "8"]
+        "--updates-per-epoch", "2", "--noisy-steps", "2", "--seconds", "2.56",
+        "--micro-batch", "3"]                    # which does not divide the 8 rows of an update
 TRAIN_PROMPTS = ["birds chirp", "water flows", "snoring", "a dog is barking then talking"]
 HELD_OUT = ["a lion roaring", "wind blowing", "a man snores while leaves rustling"]
 
@@ -63,12 +67,13 @@ def make_scheduler(**changes):
 
 class Painter(nn.Module):
     """The exact noise prediction for data that is N(0, I), sqrt(1 - alpha_bar_t) x_t, plus a shift
-    that depends on the prompt. `to_q` is the name that LoRA looks for. D = 16."""
-    SHAPE = (2, 2, 4)
-    def __init__(self, prompts: int):
+    that depends on the prompt. `to_q` is the name that LoRA looks for."""
+    device = torch.device("cpu")
+    def __init__(self, prompts: int, shape: tuple):
         super().__init__()
+        self.config = SimpleNamespace(in_channels=shape[0])
         self.alpha_bar = make_scheduler().alphas_cumprod
-        self.to_q = nn.Linear(prompts, math.prod(self.SHAPE), bias=False)
+        self.to_q = nn.Linear(prompts, math.prod(shape), bias=False)
         self.to_q.weight.data = 0.3 * torch.randn(self.to_q.weight.shape, generator=seeded(1))
         self.dropout = nn.Dropout(0.5)
     def forward(self, latents, timesteps, class_labels, encoder_hidden_states=None):
@@ -83,29 +88,37 @@ def config(**changes) -> clap_ppo.Config:
     """The Config of a tiny command line, with changes."""
     return dataclasses.replace(clap_ppo.parse_args(TINY)[0], **changes)
 
-def painter_setup(adapter_noise=0.0, **changes) -> clap_ppo.Setup:
-    """Prompts "up" and "down" like large and small latents. `adapter_noise` moves the adapter."""
-    cfg = config(**{"num_steps": 10, "eval_guidance": 1.0} | changes)
-    torch.manual_seed(2)
-    unet = clap_ppo.add_lora(Painter(2), 4)
-    weights = [weight for weight in unet.parameters() if weight.requires_grad]
-    for weight in weights:
-        weight.data += adapter_noise * torch.randn(weight.shape, generator=seeded(3))
-    def reward(waveforms, sample_rate, prompts):
-        return torch.tensor([1.0 if p == "up" else -1.0 for p in prompts]) * waveforms.mean(dim=1)
-    return clap_ppo.Setup(
-        cfg=cfg, prompts=["up", "down"], num_train=2, pipeline=None, reward=reward,
-        reward_name="reward", unet=unet,
-        optimizer=torch.optim.SGD(weights, lr=cfg.learning_rate),     # proportional to the gradient
-        scaler=torch.amp.GradScaler("cpu", enabled=cfg.dtype == "float16"),
-        condition={"class_labels": torch.cat([torch.eye(2), torch.full((2, 2), 0.1)])},
-        schedule=clap_ppo.ddim_schedule(make_scheduler(), cfg.num_steps),
-        latent_shape=Painter.SHAPE, sample_rate=16000, device=torch.device("cpu"),
-        dtype=torch.float32 if cfg.dtype == "auto" else getattr(torch, cfg.dtype))
+def trainable(unet) -> list:
+    return [weight for weight in unet.parameters() if weight.requires_grad]
 
-def roll(setup, starts=(1, 3)):
-    """A rollout of two groups whose noise windows begin at different steps."""
-    return clap_ppo.rollout(setup, torch.tensor([0, 1]), torch.tensor(starts), seeded(0))
+def painter_setup(adapter_noise=0.0, **changes) -> clap_ppo.Setup:
+    """Prompts "up" and "down" like large and small latents, (2, 2, 4) for each second of a clip.
+    `adapter_noise` moves the adapter. Plain SGD: a step is in proportion to the gradient."""
+    defaults = {"num_steps": 10, "eval_guidance": 1.0, "seconds": 1.0, "lora_rank": 4}
+    cfg = config(**defaults | changes)
+    vocoder = dict(upsample_rates=[80, 100], sampling_rate=16000, model_in_dim=4)   # two frames / s
+    pipeline = SimpleNamespace(
+        unet=Painter(2, (2, round(2 * cfg.seconds), 4)), scheduler=make_scheduler(),
+        vae=SimpleNamespace(config=SimpleNamespace(block_out_channels=[1])),        # halves nothing
+        vocoder=SimpleNamespace(config=SimpleNamespace(**vocoder)))
+    def reward(waveforms, sample_rate, prompts):
+        size = waveforms.shape[1] ** 0.5 / 4     # of the mean's own deviation
+        return torch.tensor([size if p == "up" else -size for p in prompts]) * waveforms.mean(dim=1)
+    conditions = {"class_labels": torch.eye(2)}, {"class_labels": torch.full((2, 2), 0.1)}
+    setup = clap_ppo.make_setup(cfg, ["up", "down"], 2, pipeline, conditions, reward)
+    for weight in trainable(setup.unet):
+        weight.data += adapter_noise * torch.randn(weight.shape, generator=seeded(3))
+    setup.optimizer = torch.optim.SGD(trainable(setup.unet), lr=cfg.learning_rate)
+    return setup
+
+def roll(setup):
+    """A rollout of two groups."""
+    return clap_ppo.rollout(setup, torch.tensor([0, 1]), seeded(0))
+
+def replay(setup, rows: dict) -> tuple:
+    """Log-prob (R,), mean and sigma of recorded actions under today's weights."""
+    mean, sigma = clap_ppo.policy(setup, rows, clap_ppo.ETA, setup.condition)
+    return clap_ppo.gaussian_log_prob(rows["next_latents"], mean, sigma), mean, sigma
 
 @pytest.fixture(scope="session")
 def prompt_file(tmp_path_factory) -> Path:
@@ -115,22 +128,21 @@ def prompt_file(tmp_path_factory) -> Path:
     (folder / "eval_prompts.txt").write_text("\n".join(HELD_OUT) + "\n")
     return folder / "prompts.txt"
 
-def load(*flags: str) -> clap_ppo.Setup:
+def load(*flags) -> clap_ppo.Setup:
     """The Setup of a command line."""
-    cfg = clap_ppo.parse_args(flags)[0]
+    cfg, _ = clap_ppo.parse_args([str(flag) for flag in flags])
     return clap_ppo.load_setup(cfg, *clap_ppo.split_prompts(cfg))
 
 @pytest.fixture(scope="session")
 def setup(prompt_file):
     """The toy's, loaded once. Tests leave it as they found it."""
-    return load("--prompts", str(prompt_file), *TINY)
+    return load("--prompts", prompt_file, *TINY)
 
 @pytest.fixture(scope="session")
 def clap(setup):
     return setup.reward.args[0]
 
 run_process = functools.partial(subprocess.run, capture_output=True, text=True)
-
 NETWORK_CUT = """
 import socket, sys
 def refuse(*args, **kwargs):
@@ -141,7 +153,6 @@ socket.getaddrinfo = socket.create_connection = socket.gethostbyname = refuse
 import clap_ppo
 sys.exit(clap_ppo.main(sys.argv[1:]))
 """
-
 @pytest.fixture(scope="session")
 def run_flags(prompt_file):
     """A run of three epochs, which is still warming up when it ends."""
@@ -178,6 +189,19 @@ def test_a_step_is_that_of_diffusers(spacing, offset, one, num_steps, eta):
         torch.testing.assert_close(mean + sigma * noise, theirs, rtol=2e-5, atol=2e-5)
         assert sigma > 0 or step == num_steps - 1
 
+@pytest.mark.parametrize("kind, settings, complaint", [
+    ("DDIMScheduler", {}, "clip_sample=True"),          # the library's own default
+    ("DDIMScheduler", {"prediction_type": "v_prediction"}, "prediction_type=v_prediction"),
+    ("DDIMScheduler", {"clip_sample": False, "thresholding": True}, "thresholding=True"),
+    ("DDIMScheduler", {"clip_sample": False, "rescale_betas_zero_snr": True}, "zero_snr=True"),
+    ("DDPMScheduler", {"clip_sample": False}, "DDPMScheduler")])
+def test_a_schedule_that_would_be_computed_wrongly_is_refused(kind, settings, complaint):
+    """Its steps would be off by 10 % and more, and nothing else would say so."""
+    import diffusers
+    scheduler = getattr(diffusers, kind)(**settings)
+    with pytest.raises(UserError, match=complaint):
+        clap_ppo.ddim_schedule(scheduler, 10)
+
 def test_log_prob_and_kl_are_those_of_torch_per_element_and_each_row_has_its_own_sigma():
     """A sum would grow with the latents. One row without noise spoils a table."""
     x, mean, base = torch.randn(3, 3, 2, 4, 3, generator=seeded(0))
@@ -188,7 +212,7 @@ def test_log_prob_and_kl_are_those_of_torch_per_element_and_each_row_has_its_own
         torch.testing.assert_close(log_prob, reference, rtol=1e-5, atol=1e-5)
     reference = kl_divergence(Normal(mean, sigma), Normal(base, sigma)).mean(dim=(1, 2, 3))
     torch.testing.assert_close(clap_ppo.gaussian_kl(mean, base, sigma), reference)
-    with pytest.raises(ValueError, match="sigma is 0"):
+    with pytest.raises(UserError, match="sigma is 0"):
         clap_ppo.gaussian_log_prob(x, mean, sigma * torch.tensor([1.0, 0.0, 1.0]).view(3, 1, 1, 1))
 
 def test_half_precision_goes_in_and_float32_comes_out_and_never_nan():
@@ -201,159 +225,154 @@ def test_half_precision_goes_in_and_float32_comes_out_and_never_nan():
     sigma = clap_ppo.ddim_sigma(*bars, 1.0)
     assert clap_ppo.ddim_mean(output, latents, *bars, sigma).isfinite().all()
 
-def naive_rollout(setup, starts):
+def naive_rollout(setup, own_noise: bool) -> tuple:
     """What it means, clip by clip, by diffusers: latents, {(clip, step): (x_t, x_{t-1})}."""
-    cfg, K, scheduler = setup.cfg, setup.cfg.clips_per_prompt, make_scheduler()
-    visited, size, generator = {}, (2 * K, 1, *setup.latent_shape), seeded(0)
-    noise = torch.randn(size, generator=generator)
-    clips = [noise[c - c % K if cfg.starting_noise == "shared" else c] for c in range(2 * K)]
+    cfg, K = setup.cfg, setup.cfg.clips_per_prompt
+    scheduler, visited, generator = make_scheduler(), {}, seeded(0)
+    def draw(count):
+        return torch.randn(count, 1, *setup.latent_shape, generator=generator)
+    clips = list(draw(2 * K) if own_noise else draw(2).repeat_interleave(K, dim=0))     # x_T
     scheduler.set_timesteps(cfg.num_steps)
     for step, t in enumerate(scheduler.timesteps):
-        noise = torch.randn(size, generator=generator)
+        noisy = step < cfg.noisy_steps
+        noise = draw(2 * K) if noisy else clips         # without eta it does not count
         for c, x in enumerate(clips):
             with torch.no_grad():
                 out = setup.unet(x, t[None], setup.condition["class_labels"][c // K][None]).sample
-            noisy = starts[c // K] <= step < starts[c // K] + cfg.noise_window
             clips[c] = scheduler.step(out, t, x, eta=clap_ppo.ETA if noisy else 0.0,
                                       variance_noise=noise[c]).prev_sample
             if noisy:
                 visited[c, step] = (x[0], clips[c][0])
     return torch.cat(clips), visited
 
-@pytest.mark.parametrize("window, starts, noise, eta", [
-    (2, (1, 3), "shared", 1.0), (1, (0, 5), "shared", 0.5), (7, (0, 0), "shared", 1.0),
-    (2, (1, 3), "own", 1.0), (7, (0, 0), "own", 1.0)])
-def test_a_rollout_is_what_a_naive_loop_gives(monkeypatch, window, starts, noise, eta):
-    """One path per group until its clips part, the micro-batches: all is speed, and the guidance of
-    held-out clips is none of a rollout's. Each noisy step of each clip is in the table once; but
-    the last of the seven is sampled, and not trained."""
+@pytest.mark.parametrize("noisy_steps, own_noise, eta", [
+    (2, False, 1.0), (1, False, 0.5), (6, False, 1.0), (2, True, 1.0), (6, True, 1.0)])
+def test_a_rollout_is_what_a_naive_loop_gives(monkeypatch, noisy_steps, own_noise, eta):
+    """Rows asked together are speed alone, and the guidance of held-out clips is none of a
+    rollout's. Each noisy step of each clip is in the table once, the last of the seven never."""
     monkeypatch.setattr(clap_ppo, "ETA", eta)
-    setup = painter_setup(0.2, num_steps=7, noise_window=window, starting_noise=noise,
-                          micro_batch=3, eval_guidance=3.0)
-    latents, rows = roll(setup, starts)
-    expected, visited = naive_rollout(setup, starts)
+    monkeypatch.setattr(clap_ppo, "ROWS_AT_ONCE", 3)
+    if own_noise:
+        monkeypatch.setattr(clap_ppo, "starting_latents", experiments.own_starting_latents)
+    setup = painter_setup(0.2, num_steps=7, noisy_steps=noisy_steps, eval_guidance=3.0)
+    latents, rows = roll(setup)
+    expected, visited = naive_rollout(setup, own_noise)
     torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
-    found = list(zip(rows["clip_id"].tolist(), rows["step"].tolist()))
-    assert sorted(found) == sorted((clip, step) for clip, step in visited if step < 6)
+    found = list(zip(rows["clip_id"].tolist(), rows["step"].tolist(), strict=True))
+    assert sorted(found) == sorted(visited) and max(rows["step"]) == noisy_steps - 1
     assert rows["prompt_id"].tolist() == [clip // 4 for clip, _ in found]
     for row, place in enumerate(found):
-        for name, x in zip(("latents", "next_latents"), visited[place]):
+        for name, x in zip(("latents", "next_latents"), visited[place], strict=True):
             torch.testing.assert_close(rows[name][row], x, rtol=1e-4, atol=1e-5)
 
 # ==== 2. Replaying a trajectory gives ratio 1 ====================================================
-@pytest.mark.parametrize("noise, rows_asked", [
-    ("shared", [2, 5, 5, 8, 8]), ("own", [8, 8, 8, 8, 8])])
-def test_the_unet_answers_once_for_all_clips_that_are_still_one(noise, rows_asked):
-    """Eight clips in two groups, noisy in step 0 or 2 of 5. A row's log-prob is always its own."""
-    setup, asked = painter_setup(noise_window=1, num_steps=5, starting_noise=noise), []
-    setup.unet.base_model.model.register_forward_pre_hook(lambda _, x: asked.append(len(x[0])))
-    _, rows = roll(setup, starts=(0, 2))
-    clap_ppo.replay(setup, rows)
-    assert asked == rows_asked + rows_asked[:1]
-    at = torch.tensor([6, 1, 3, 7])
-    again = clap_ppo.replay(setup, clap_ppo.take(rows, at))[0]
-    torch.testing.assert_close(again, rows["log_prob"][at])
+def test_the_micro_batch_does_not_cut_what_needs_no_gradient(learner, tmp_path):
+    """A GPU takes as long for 8 rows as for 128. At a real model's settings old and new log-probs
+    are 64 calls of the U-Net each, in the same micro-batches; the rollout is 20."""
+    setup = learner(epochs=1, prompts_per_epoch=16, num_steps=20, noisy_steps=4, micro_batch=8)
+    calls = Counter()
+    setup.unet.base_model.model.register_forward_pre_hook(
+        lambda _, args: calls.update([(torch.is_grad_enabled(), len(args[0]))]))
+    clap_ppo.train(setup, tmp_path, [])
+    assert calls.pop((True, 8)) == calls.pop((False, 8)) == 16 * 8 * 4 / 8
+    assert calls.total() <= 60 and max(rows for _, rows in calls) <= clap_ppo.ROWS_AT_ONCE
 
-@pytest.mark.parametrize("until, expected", [(1.0, {0, 1, 2, 3}), (0.5, {0, 1})])
-def test_windows_fall_everywhere_in_their_part_of_the_path(until, expected):
-    """Prompts repeat only if there are too few, and held-out ones are never drawn."""
-    setup, begins, counts = painter_setup(num_steps=6, noise_until=until), set(), []
+def test_prompts_repeat_only_if_there_are_too_few_and_held_out_ones_are_never_drawn():
+    setup = painter_setup()
     setup.prompts.append("held out")
-    for seed in range(20):
-        ids, starts = clap_ppo.choose_prompts(setup, seeded(seed))
-        begins |= set(starts.tolist())
-        assert sorted(ids.tolist()) == [0, 1]
-        counts.append(ids[0].item())
-    assert begins == expected and 0 < sum(counts) < 20
+    drawn = [clap_ppo.choose_prompts(setup, seeded(seed)).tolist() for seed in range(20)]
+    assert [0, 1] in drawn and [1, 0] in drawn and all(len(set(ids)) == 2 for ids in drawn)
     setup.cfg = dataclasses.replace(setup.cfg, prompts_per_epoch=4)
-    assert sorted(clap_ppo.choose_prompts(setup, seeded(0))[0].tolist()) == [0, 0, 1, 1]
+    assert sorted(clap_ppo.choose_prompts(setup, seeded(0)).tolist()) == [0, 0, 1, 1]
 
 def update_once(setup, rows, advantages=None, epoch=0):
     """An update, by default with advantages that rise from -1 to 1 from clip to clip."""
     if advantages is None:
-        advantages = torch.linspace(-1, 1, 8)[rows["clip_id"]]
+        clips = rows["clip_id"]
+        advantages = torch.linspace(-1, 1, clips.max() + 1)[clips]
     return clap_ppo.update(setup, {**rows, "advantage": advantages}, epoch, seeded(0))
 
-@contextlib.contextmanager
-def gpu(setup, error: float, dtype="float32"):
-    """A copy of `setup`, with a step of noise among the first three of ten, on an emulated GPU. Its
-    kernels depend on the batch's shape and a row's place: the U-Net's output is off by `error` of
-    it. In TF32 and bfloat16 that is 1 %, in float32 1e-7."""
-    cfg = dataclasses.replace(setup.cfg, num_steps=10, noise_window=1, noise_until=0.3,
-                              starting_noise="own")
-    copied = dataclasses.replace(setup, unet=copy.deepcopy(setup.unet), cfg=cfg,
-                                 dtype=getattr(torch, dtype),
-                                 schedule=clap_ppo.ddim_schedule(make_scheduler(), 10))
-    weights = [weight for weight in copied.unet.parameters() if weight.requires_grad]
-    copied.optimizer = torch.optim.AdamW(weights)
-    copied.scaler = torch.amp.GradScaler("cpu", enabled=dtype == "float16")
+def on_a_gpu(setup, error: float, dtype="float32"):
+    """A copy of `setup` on an emulated GPU, whose kernels depend on the batch's shape and a row's
+    place: the U-Net's output is off by `error` of it. In TF32 and bfloat16 that is 1 %."""
+    cfg = dataclasses.replace(setup.cfg, num_steps=10, noisy_steps=3, micro_batch=5)
+    timesteps, alpha_bar_t, alpha_bar_prev = clap_ppo.ddim_schedule(make_scheduler(), 10)
+    unet = copy.deepcopy(setup.unet)
     def kernels(module, args, output):
         x = output.sample
         noise = torch.randn(x.shape, generator=seeded(len(x))) * x.detach().float().std() * error
         return SimpleNamespace(sample=x + noise.to(x.dtype))
-    copied.unet.base_model.model.register_forward_hook(kernels)
-    real = clap_ppo.check_on_policy
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clap_ppo, "check_on_policy", lambda setup, *args: real(
-            dataclasses.replace(setup, device=torch.device("cuda")), *args))
-        yield copied
+    unet.base_model.model.register_forward_hook(kernels)
+    return dataclasses.replace(
+        setup, unet=unet, cfg=cfg, optimizer=torch.optim.AdamW(trainable(unet)),
+        dtype=getattr(torch, dtype), timesteps=timesteps, alpha_bar_t=alpha_bar_t,
+        alpha_bar_prev=alpha_bar_prev)
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-PRECISIONS = [("float32", 1e-7), ("float32", 0.012), ("bfloat16", 0.012), ("float16", 0.0015)]
-
+PRECISIONS = [("float32", 1e-7), ("float32", 0.012), ("bfloat16", 0.012)]
 @pytest.mark.parametrize("dtype, error", PRECISIONS)
 def test_rounding_neither_stops_a_run_nor_clips_its_rows(learner, tmp_path, dtype, error):
     """Twenty epochs, against the same on a CPU in float32."""
     clipped = []
     for emulation in ((0.0, "float32"), (error, dtype)):
-        with gpu(learner(epochs=20, clip_range=1e-5), *emulation) as emulated:
-            metrics = []
-            clap_ppo.train(emulated, tmp_path, metrics)
+        setup, metrics = learner(epochs=20, clip_range=0.16, seconds=32), []        # D = 512
+        clap_ppo.train(on_a_gpu(setup, *emulation), tmp_path, metrics)
         clipped.append(sum(row["clip_fraction"] for row in metrics) / 20)
     assert len(metrics) == 20 and 0 < clipped[1] <= clipped[0] + 0.02
 
 def break_replay(setup, rows: dict, fault: str) -> tuple:
     """A copy of both with one of four errors that have happened to people."""
-    broken, rows = dataclasses.replace(setup, unet=copy.deepcopy(setup.unet)), dict(rows)
+    broken = dataclasses.replace(setup, unet=copy.deepcopy(setup.unet))
     inner = broken.unet.base_model.model
     if fault == "dropout":
         inner.conv_out = nn.Sequential(nn.Dropout(0.1), inner.conv_out).train()
-    elif fault == "step":
-        rows["step"] = rows["step"] + 1
-    elif fault == "halves":                     # of the batch: each row has another's prompt
-        inner.register_forward_pre_hook(lambda module, args, kwargs: (args, {
-            k: v.roll(len(args[0]) // 2, 0) if torch.is_tensor(v) else v
-            for k, v in kwargs.items()}), with_kwargs=True)
-    else:
+    elif fault == "weights":
         inner.conv_out.bias.data += 0.1
-    return broken, rows
+    wrong = {"step": {"step": rows["step"] + 1}, "prompt": {"prompt_id": 1 - rows["prompt_id"]}}
+    return broken, rows | wrong.get(fault, {})
 
 @pytest.mark.parametrize("dtype, error", PRECISIONS)
 @pytest.mark.parametrize("family", ["toy", slow("audioldm"), slow("audioldm2")])
-def test_the_ratio_starts_at_one_whatever_the_kernels_do_and_a_broken_replay_stops_the_run(
+def test_the_ratio_starts_at_one_and_a_broken_replay_stops_the_run(
         setup, narrow, monkeypatch, family, dtype, error):
-    """Not by chance: the log-probs of the rollout, asked in other batches, are other numbers."""
+    """Whatever the kernels do. Not by chance: the rollout's own log-probs are other numbers."""
     if family != "toy":
         setup = narrow_setup(narrow(family), loud=100)
     seen, real = [], clap_ppo.ppo_loss
     monkeypatch.setattr(clap_ppo, "ppo_loss", lambda *args: seen.append(args) or real(*args))
-    with gpu(setup, error, dtype) as emulated:
-        _, rows = roll(emulated, starts=(1, 2))
-        for fault in ("dropout", "step", "halves", "weights"):
-            with pytest.raises(UserError, match="on-policy check.*dropout.*another timestep"):
-                update_once(*break_replay(emulated, rows, fault))
-        log = update_once(emulated, rows)
-    log_prob, old_log_prob, _, clip_range = seen[0]
-    assert torch.equal(log_prob, old_log_prob)
-    assert log["replay_error"] > (1e-5 if error > 1e-6 else 0)
-    assert clip_range * math.prod(setup.latent_shape) == pytest.approx(1.6384)  # 1e-4 * 16,384
+    emulated = on_a_gpu(setup, error, dtype)
+    _, rows = roll(emulated)
+    for fault in ("dropout", "step", "prompt", "weights"):
+        with pytest.raises(UserError, match="log_prob_gap.*dropout.*another timestep"):
+            update_once(*break_replay(emulated, rows, fault))
+    log = update_once(emulated, rows)
+    assert [len(log_prob) for log_prob, *_ in seen[:3]] == [5, 5, 2]
+    for log_prob, old_log_prob, _, clip_range in seen[:3]:
+        assert torch.equal(log_prob, old_log_prob)
+        assert clip_range * math.prod(setup.latent_shape) == pytest.approx(1.6)     # an action's
+    assert log["log_prob_gap"] > (1e-5 if error > 1e-6 else 0)
 
 def test_on_a_cpu_in_float32_rollout_and_replay_are_equal():
-    setup = painter_setup()
-    assert clap_ppo.check_on_policy(setup, torch.tensor([1e-7, 0.0])) < 1e-6
-    for off in (1e-5, math.nan):
-        with pytest.raises(UserError, match="on-policy"):
-            clap_ppo.check_on_policy(setup, torch.tensor([0.0, off]))
+    """In any company. The gap is below 1e-6; one above the limit stops the run, and so does NaN."""
+    setup, idx = painter_setup(0.1), torch.tensor([6, 1, 3, 15])
+    _, rows = roll(setup)
+    again, _, _ = replay(setup, clap_ppo.take(rows, idx))
+    torch.testing.assert_close(again, rows["log_prob"][idx])
+    assert update_once(setup, rows)["log_prob_gap"] < 1e-6
+    for off in (1.1 * clap_ppo.MAX_LOG_PROB_GAP, math.nan):
+        with pytest.raises(UserError, match="log_prob_gap"):
+            update_once(setup, rows | {"log_prob": rows["log_prob"] + off})
+
+def test_two_threads_give_the_same_bytes_every_time(request):
+    """Some kernels add in any order, from 32,768 elements on, and a seed then ends elsewhere."""
+    request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(2)
+    found = set()
+    for _ in range(20):
+        setup = painter_setup(0.2, seconds=256, clips_per_prompt=8, micro_batch=64)
+        update_once(setup, roll(setup)[1])
+        found.add(safetensors.torch.save(clap_ppo.adapter_state(setup.unet)))
+    assert len(found) == 1 and 16 * math.prod(setup.latent_shape) > 32_768    # 16 rows an update
 
 # ==== 3. The reward ==============================================================================
 def tone(hz: float, sample_rate: int, seconds: float = 2.0) -> torch.Tensor:
@@ -386,7 +405,7 @@ def test_each_clip_is_scored_against_its_own_prompt_as_by_the_package(clap, pack
     prompts = ["snoring", "a dog barking", "snoring", "wind blowing"]
     ours = clap_ppo.clap_reward(clap, clips, rate, prompts)
     assert torch.equal(ours, clap_ppo.clap_reward(clap, clips, rate, prompts))
-    for clip, prompt, reward in zip(clips, prompts, ours):
+    for clip, prompt, reward in zip(clips, prompts, ours, strict=True):
         tokens = clap.tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt")
         with torch.no_grad():
             theirs = torch.cosine_similarity(package.get_audio_embedding([{"waveform": clip}]),
@@ -402,16 +421,16 @@ def test_sounds_of_another_shape_type_or_unit_are_refused(clap, waveforms, rate)
 NUMBERS = torch.tensor([1.0, 2.0, 3.0, 4.0])
 @pytest.mark.parametrize("returned, complaint", [
     (NUMBERS.tolist(), ""), (NUMBERS.numpy(), ""), (NUMBERS[:, None], ""), (NUMBERS.double(), ""),
-    (NUMBERS.clone().requires_grad_() * 1, ""), (torch.zeros(8), r"mine returned .*\[8\]"),
-    (torch.tensor(0.5), r"mine returned .*\[\]"), ((NUMBERS, {}), "mine returned .*tuple"),
-    (None, "mine returned .*NoneType"), (["good"] * 4, "mine returned .*list.*, not 4 numbers"),
+    (NUMBERS.clone().requires_grad_() * 1, ""), (torch.zeros(8), r"reward returned .*\[8\]"),
+    (torch.tensor(0.5), r"reward returned .*\[\]"), ((NUMBERS, {}), "reward returned .*tuple"),
+    (None, "reward returned .*NoneType"), (["good"] * 4, "returned .*list.*, not 4 numbers"),
     (NUMBERS / torch.tensor([1, 1, 0, 1]), "clip of 'down' is not finite"),
     (NUMBERS * math.nan, "clip of 'up' is not finite")])
-def test_a_reward_is_any_n_finite_numbers_or_refused_by_name(monkeypatch, returned, complaint):
+def test_a_reward_is_any_n_finite_numbers_or_refused(monkeypatch, returned, complaint):
     """Twice as many would be dealt to the wrong clips."""
     monkeypatch.setattr(clap_ppo, "decode", lambda setup, latents: latents.flatten(1))
-    setup = dataclasses.replace(painter_setup(), reward=lambda *args: returned, reward_name="mine")
-    given = setup, torch.zeros(4, *Painter.SHAPE), torch.tensor([0, 1])
+    setup = dataclasses.replace(painter_setup(), reward=lambda *args: returned)
+    given = setup, torch.zeros(4, *setup.latent_shape), torch.tensor([0, 1])
     if complaint:
         with pytest.raises(UserError, match=complaint):
             clap_ppo.score_clips(*given)
@@ -453,8 +472,6 @@ def test_a_checkpoint_in_the_official_format_loads_whole(clap_file, package, cla
     assert all(torch.equal(v, state[k]) for k, v in loaded.items())
     assert {k.split(".")[0] for k in state.keys() - loaded.keys()} == {
         "audio_transform", "text_transform", "logit_scale_a", "logit_scale_t"}
-    with pytest.raises(UserError, match="tokenizer has lost its vocabulary"):
-        clap_ppo.load_clap(path, lambda prompts: clap.tokenizer(["wind"] * len(prompts)))
 
 class Malice:                                   # unpickled, it leaves a file behind
     def __init__(self, path):
@@ -466,7 +483,7 @@ WEIGHT = "module.audio_projection.0.weight"
 @pytest.mark.parametrize("changes, complaint", [
     ({WEIGHT: None}, "Missing key"), ({WEIGHT: torch.ones(3, 3)}, "size mismatch"),
     ({"module.extra": torch.ones(1)}, "Unexpected key"), ({WEIGHT: Malice("pwned")}, ""),
-    ({"module.audio_branch.patch_embed.mel_conv2d.weight": torch.ones(1)}, "fusion checkpoint"),
+    ({"module.audio_branch.patch_embed.mel_conv2d.weight": torch.ones(1)}, "mel_conv2d"),
     (b"", ""), (b"not a checkpoint", "")])
 def test_a_clap_that_does_not_fit_or_holds_code_is_refused(
         clap_file, package, clap, monkeypatch, changes, complaint):
@@ -476,8 +493,7 @@ def test_a_clap_that_does_not_fit_or_holds_code_is_refused(
         clap_file.write_bytes(changes)
     else:
         save_as_official(clap_file, package, changes)
-    with pytest.raises(UserError, match="--clap .*clap.pt: .*damaged, of another size, or with "
-                                        f"code in it:(.|\n)*{complaint}"):
+    with pytest.raises(UserError, match=f"--clap .*clap.pt: no usable file, .*{complaint}"):
         clap_ppo.load_clap(str(clap_file), clap.tokenizer)
     assert not Path("pwned").exists()
 
@@ -524,6 +540,16 @@ def test_approx_kl_estimates_the_kl_and_is_never_negative():
         exact = math.expm1(log_ratio) - log_ratio
         assert info["approx_kl"] >= 0 and info["approx_kl"] == pytest.approx(exact, 1e-2, 1e-12)
 
+ROW, COLUMN = torch.zeros(8), torch.zeros(8, 1)
+@pytest.mark.parametrize("function, given", [
+    (clap_ppo.group_advantages, [ROW]), (clap_ppo.group_advantages, [COLUMN]),
+    (clap_ppo.group_advantages, [torch.zeros(2, 2, 2)]), (clap_ppo.ppo_loss, [COLUMN, ROW, ROW, 1]),
+    (clap_ppo.ppo_loss, [ROW, COLUMN, ROW, 1]), (clap_ppo.ppo_loss, [ROW, ROW, COLUMN, 1])])
+def test_a_column_is_refused_where_rows_or_groups_belong(function, given):
+    """Groups of one clip would give zeros, rows and a column a table of 64, both without a word."""
+    with pytest.raises(UserError, match=r"not \(P, K\), with K of 2|not all \(B,\)"):
+        function(*given)
+
 # ==== 6. All of it learns ========================================================================
 @pytest.fixture
 def learner(monkeypatch):
@@ -531,16 +557,19 @@ def learner(monkeypatch):
     monkeypatch.setattr(clap_ppo, "decode", lambda setup, latents: latents.flatten(1))
     monkeypatch.setattr(clap_ppo, "WARMUP_UPDATES", 1)
     def make(rate=0.03, **changes):
-        setup = painter_setup(num_steps=6, clips_per_prompt=8, learning_rate=rate, **changes)
-        setup.optimizer = torch.optim.AdamW(setup.optimizer.param_groups[0]["params"])
+        few = dict(num_steps=6, clips_per_prompt=8, learning_rate=rate, micro_batch=64)
+        setup = painter_setup(**few | changes)
+        setup.optimizer = torch.optim.AdamW(trainable(setup.unet))
         return setup
     return make
 
-@pytest.mark.parametrize("settings", [{}, {"noise_window": 6, "starting_noise": "own"}])
+@pytest.mark.parametrize("own_noise", [False, True])
 @pytest.mark.parametrize("sign", [1, -1], ids=["", "sign-flipped"])
-def test_a_policy_learns_what_its_prompts_want(learner, tmp_path, monkeypatch, settings, sign):
+def test_a_policy_learns_what_its_prompts_want(learner, tmp_path, monkeypatch, own_noise, sign):
     """Through the whole loop. Told that worse is better, it unlearns: it does not measure luck."""
-    setup = learner(epochs=30, **settings)
+    setup = learner(epochs=30, noisy_steps=5 if own_noise else 2)
+    if own_noise:
+        monkeypatch.setattr(clap_ppo, "starting_latents", experiments.own_starting_latents)
     ours = clap_ppo.group_advantages
     monkeypatch.setattr(clap_ppo, "group_advantages", lambda *args: sign * ours(*args))
     def plain_reward():
@@ -550,12 +579,16 @@ def test_a_policy_learns_what_its_prompts_want(learner, tmp_path, monkeypatch, s
     assert sign * (plain_reward() - before) > 0.5
 
 def test_every_epoch_has_its_own_noise_and_a_seed_fixes_it(learner, tmp_path):
+    """So has what is held out. Epoch 0 of seed 1 is not epoch 1 of seed 0: seeds share nothing."""
     def rewards(epochs, seed):                   # of one policy, since it hardly learns
         setup, metrics = learner(rate=1e-9, epochs=epochs, seed=seed), []
         clap_ppo.train(setup, tmp_path, metrics)
         return [round(row["reward"], 4) for row in metrics]
     found = rewards(6, seed=0)
-    assert len(set(found)) == 6 and rewards(1, seed=0) == found[:1] != rewards(1, seed=1)
+    assert len(set(found)) == 6 and rewards(1, seed=0) == found[:1]
+    assert len({*found, *rewards(3, seed=1)}) == 9
+    held_out = [clap_ppo.score_held_out(learner(seed=seed))[0] for seed in (0, 0, 1)]
+    assert torch.equal(held_out[0], held_out[1]) and not torch.equal(held_out[1], held_out[2])
 
 def test_every_few_epochs_weights_are_kept_and_clips_scored(learner, tmp_path, monkeypatch):
     monkeypatch.setattr(clap_ppo, "EVAL_EVERY", 2)
@@ -569,6 +602,33 @@ def test_every_few_epochs_weights_are_kept_and_clips_scored(learner, tmp_path, m
     assert files[1] == safetensors.torch.save(clap_ppo.adapter_state(setup.unet)) != files[0]
     assert metrics[3]["reward_mean"] == (metrics[2]["reward"] + metrics[3]["reward"]) / 2
 
+def test_what_is_logged_are_means_over_rows(learner, tmp_path, monkeypatch):
+    """Recomputed from what the parts gave, where no count divides the next: 30 rows, 4 updates,
+    micro-batches of 3 rows, 2 or 1. A mean of means would be another number."""
+    setup = learner(epochs=1, prompts_per_epoch=3, clips_per_prompt=5, updates_per_epoch=4,
+                    micro_batch=3, clip_range=0.2, seed=1)
+    kept, metrics = {"ppo_loss": [], "optimizer_step": [], "score_clips": []}, []
+    for name in kept:
+        def keep(*args, name=name, real=getattr(clap_ppo, name)):  # noqa: B008
+            kept[name].append((args, real(*args)))
+            return kept[name][-1][1]
+        monkeypatch.setattr(clap_ppo, name, keep)
+    clap_ppo.train(setup, tmp_path, metrics)
+    columns = zip(*[args[:3] for args, _ in kept["ppo_loss"]], strict=True)
+    log_prob, old_log_prob, advantages = [torch.cat(column).detach() for column in columns]
+    log_ratio, clip_range = log_prob - old_log_prob, 0.2 / 16
+    ratio, rewards = log_ratio.exp(), kept["score_clips"][0][1][1]
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    norms = [norm for _, norm in kept["optimizer_step"]]
+    expected = {
+        "approx_kl": (torch.expm1(log_ratio) - log_ratio).mean().item(),
+        "clip_fraction": ((ratio - 1).abs() > clip_range).float().mean().item(),
+        "loss": -torch.minimum(ratio * advantages, clipped * advantages).mean().item(),
+        "grad_norm": max(norms), "reward": rewards.mean().item(),
+        "reward_spread": sum(group.std().item() for group in rewards) / 3}     # of a prompt's clips
+    assert {name: metrics[0][name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert len(ratio) == 30 and max(norms) > norms[-1] and 0 < expected["clip_fraction"] < 1
+
 def test_the_micro_batch_changes_memory_and_speed_but_not_the_result(monkeypatch):
     """Also when the last one is smaller. Plain SGD, because Adam hides a wrong scale."""
     monkeypatch.setattr(clap_ppo, "MAX_GRAD_NORM", math.inf)
@@ -576,10 +636,10 @@ def test_the_micro_batch_changes_memory_and_speed_but_not_the_result(monkeypatch
     results = []
     for micro_batch in (64, 3):
         setup = painter_setup(0.2, micro_batch=micro_batch, learning_rate=0.5, kl_weight=0.1,
-                              clip_range=0.5)
+                              clip_range=8192)
         start, (_, rows) = copy.deepcopy(clap_ppo.adapter_state(setup.unet)), roll(setup)
         info = update_once(setup, rows) | clap_ppo.adapter_state(setup.unet)
-        info.pop("replay_error")
+        info.pop("log_prob_gap")
         results.append(info)
     assert max((start[name] - results[0][name]).abs().max() for name in start) > 1e-2
     for name, value in results[0].items():
@@ -587,13 +647,13 @@ def test_the_micro_batch_changes_memory_and_speed_but_not_the_result(monkeypatch
 
 def test_an_update_raises_good_actions_and_its_rate_warms_up_over_the_whole_run():
     """Sixteen rows do not divide evenly: torch.chunk would give six of the seven updates."""
-    setup = painter_setup(0.1, updates_per_epoch=7, learning_rate=0.2, epochs=5, clip_range=5e-4)
+    setup = painter_setup(0.1, updates_per_epoch=7, learning_rate=0.2, epochs=5, clip_range=8.2)
     rates, step, (_, rows) = [], setup.optimizer.step, roll(setup)
     setup.optimizer.step = lambda: (rates.append(setup.optimizer.param_groups[0]["lr"]), step())
     advantages = torch.linspace(-1, 1, 8)[rows["clip_id"]]
     info = update_once(setup, rows, advantages)
     with torch.no_grad():
-        gain = clap_ppo.replay(setup, rows)[0] - rows["log_prob"]
+        gain = replay(setup, rows)[0] - rows["log_prob"]
     assert (gain * advantages).mean() > 1e-4 and info["approx_kl"] > 0
     assert torch.corrcoef(torch.stack([gain, advantages]))[0, 1] > 0.3
     update_once(setup, roll(setup)[1], epoch=1)
@@ -606,35 +666,33 @@ def test_the_kl_term_pulls_the_policy_to_the_base(monkeypatch, weight):
     setup = painter_setup(0.3, kl_weight=weight, learning_rate=0.5, updates_per_epoch=6)
     _, rows = roll(setup)
     @torch.no_grad()
-    def gap():
-        _, mean, sigma = clap_ppo.replay(setup, rows)
+    def distance():
+        _, mean, sigma = replay(setup, rows)
         with setup.unet.disable_adapter():
-            _, base, _ = clap_ppo.replay(setup, rows)
+            _, base, _ = replay(setup, rows)
         return clap_ppo.gaussian_kl(mean, base, sigma).mean().item()
-    before, info = gap(), update_once(setup, rows, advantages=torch.zeros(len(rows["clip_id"])))
+    before, info = distance(), update_once(setup, rows, advantages=torch.zeros(len(rows["step"])))
     if weight == 0:
-        assert gap() == before and "kl_base" not in info
+        assert distance() == before and "kl_base" not in info
     else:
-        assert gap() < 0.9 * before and gap() < info["kl_base"] <= before * 1.001
+        assert distance() < 0.9 * before and distance() < info["kl_base"] <= before * 1.001
         assert info["loss"] == pytest.approx(0.5 * info["kl_base"], rel=1e-3)
-
-def push(setup, number: int, slope: float) -> tuple:
-    """Step `number` on gradients that are all `slope`: the norm that is logged, and of the step."""
-    weights = setup.optimizer.param_groups[0]["params"]
-    before = nn.utils.parameters_to_vector(weights).detach().clone()
-    setup.scaler.scale(slope * sum(weight.sum() for weight in weights)).backward()
-    norm = clap_ppo.optimizer_step(setup, number)
-    return norm, (nn.utils.parameters_to_vector(weights) - before).norm().item(), len(before)
 
 def test_gradients_are_limited_and_one_that_is_not_finite_stops_the_run(monkeypatch):
     """One NaN in Adam's state is for ever. What is logged is the norm before."""
     monkeypatch.setattr(clap_ppo, "WARMUP_UPDATES", 1)
     setup = painter_setup(learning_rate=1.0, epochs=10**6)
+    weights, vector = trainable(setup.unet), nn.utils.parameters_to_vector
+    def push(number, slope):                     # gradients that are all `slope`
+        (slope * sum(weight.sum() for weight in weights)).backward()
+        return clap_ppo.optimizer_step(setup, number)
     for number, slope in ((0, 5.0), (1, 3.0)):
-        norm, step, count = push(setup, number, slope)
-        assert norm == pytest.approx(slope * count ** 0.5) and step == pytest.approx(1, rel=1e-3)
-    with pytest.raises(UserError, match="gradient is not finite"):
-        push(setup, 2, math.nan)
+        before = vector(weights).detach().clone()
+        assert push(number, slope) == pytest.approx(slope * len(before) ** 0.5)
+        assert (vector(weights) - before).norm().item() == pytest.approx(1, rel=1e-3)
+    for slope in (math.nan, math.inf):
+        with pytest.raises(UserError, match="gradient is not finite"):
+            push(2, slope)
 
 # ==== 7. Stop and resume =========================================================================
 def run_main(capsys, *flags) -> tuple[int, str]:
@@ -647,12 +705,23 @@ def run_main(capsys, *flags) -> tuple[int, str]:
     return code, capsys.readouterr().err
 
 def results(run: Path) -> tuple:
-    """All that a run found out: adapter, metrics without their wall time, page with rewards."""
+    """All that a run found out: adapter, metrics without their wall time, sounds."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         row.pop("seconds")
-    return (run / "adapter/adapter_model.safetensors").read_bytes(), rows, (
-        (run / "index.html").read_text())
+    sounds = {file.name: file.read_bytes() for file in (run / "clips").iterdir()}
+    return (run / "adapter/adapter_model.safetensors").read_bytes(), rows, sounds
+
+def refused(folder: Path, capsys, *flags) -> str:
+    """The one line that a command line gets. It changes no file below a folder, but for locks."""
+    def contents():
+        return {path: path.read_bytes() for path in folder.rglob("*")
+                if path.is_file() and path.name != "lock"}
+    before = contents()
+    code, err = run_main(capsys, *flags)
+    lines = [line for line in err.splitlines() if not line.startswith("warning:")]
+    assert code == 2 and len(lines) == 1 and contents() == before, err
+    return lines[0]
 
 def copy_run(run: Path, folder: Path, **changes) -> Path:
     """A copy of a run in a folder, with changes of its config."""
@@ -662,25 +731,28 @@ def copy_run(run: Path, folder: Path, **changes) -> Path:
     return copied
 
 @contextlib.contextmanager
-def cut(call: int):
-    """Ctrl-C when clips are about to be scored for the `call`-th time."""
-    real, calls = clap_ppo.score_clips, itertools.count(1)
+def cut(function: str, call: int, file=None):
+    """Ctrl-C at the `call`-th call of a function, if `file` is given, of those that write it."""
+    real, calls = getattr(clap_ppo, function), itertools.count(1)
     def interrupted(*args):
-        if next(calls) == call:
+        if getattr(args[0], "name", None) == file and next(calls) == call:
             raise KeyboardInterrupt
         return real(*args)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clap_ppo, "score_clips", interrupted)
+        patch.setattr(clap_ppo, function, interrupted)
         yield
 
 def test_a_run_cut_anywhere_resumes_to_the_same_bytes(run_flags, finished_run, tmp_path, capsys):
-    """Ctrl-C in the first epoch, in the second, and when only the page is missing."""
-    run = tmp_path / "run"
+    """Ctrl-C in the first epoch, before there is any checkpoint; in the second; after the second,
+    when metrics.jsonl tells of it but the checkpoint does not; when only the clips are missing."""
+    run, log = tmp_path / "run", tmp_path / "run/metrics.jsonl"
     flags = [*run_flags, "--out", run]
-    for call in (1, 2, 3):
-        with cut(call):
+    for place, epochs in ((["update", 1], 0), (["update", 2], 1),
+                          (["write_file", 1, "checkpoint.pt"], 2), (["finish", 1], 3)):
+        with cut(*place):
             code, err = run_main(capsys, *flags)
-        assert code == 130 and "--resume" in err and not (run / "index.html").exists()
+        assert code == 130 and "--resume" in err and not (run / "clips").exists()
+        assert epochs == 0 or len(log.read_text().splitlines()) == epochs
         flags = ["--resume", run]
     assert run_main(capsys, *flags)[0] == 0
     assert results(run) == results(finished_run.folder)
@@ -702,16 +774,22 @@ def test_a_killed_process_resumes_to_the_same_bytes(run_flags, finished_run, tmp
     assert results(tmp_path / "run") == results(finished_run.folder)
 
 def test_a_finished_run_goes_on_elsewhere_or_is_finished_again(finished_run, tmp_path, capsys):
-    """Its prompts are in the checkpoint; model and CLAP may be given anew."""
+    """Its prompts are in the checkpoint; model and CLAP may be given anew, all else stays as it
+    was. It trains where a notebook has gradients off, and leaves that and its random numbers."""
     run = copy_run(finished_run.folder, tmp_path, prompts="gone", model="/gone", clap="/gone/clap")
+    saved, state = json.loads((run / "config.json").read_text()), torch.get_rng_state()
     flags = ["--resume", run, "--epochs", 4]
-    assert run_main(capsys, *flags)[0] == 2
-    assert run_main(capsys, *flags, "--model", TOY / "pipeline", "--clap", TOY / "clap.pt")[0] == 0
-    longer = results(run)
-    assert longer[1][:3] == results(finished_run.folder)[1] and len(longer[1]) == 4
+    assert "--model /gone: no usable folder" in refused(run, capsys, *flags)
+    given = {"model": f"{TOY}/pipeline", "clap": f"{TOY}/clap.pt"}
+    with torch.no_grad():
+        flags += ["--model", given["model"], "--clap", given["clap"]]
+        assert run_main(capsys, *flags)[0] == 0 and not torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert json.loads((run / "config.json").read_text()) == saved | given | {"epochs": 4}
+    before, longer = results(finished_run.folder), results(run)
+    assert longer[1][:3] == before[1] and len(longer[1]) == 4 and longer[0] != before[0]
     assert run_main(capsys, "--resume", run)[0] == 0 and results(run) == longer
-    code, err = run_main(capsys, "--resume", run, "--epochs", 3)
-    assert code == 2 and "4 epochs are done" in err and results(run) == longer
+    assert "of more epochs than --epochs 3" in refused(run, capsys, "--resume", run, "--epochs", 3)
 
 def test_a_file_is_the_old_or_the_new_one_and_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def half(path, content):
@@ -724,34 +802,50 @@ def test_a_file_is_the_old_or_the_new_one_and_a_full_disk_leaves_nothing(tmp_pat
         clap_ppo.write_file(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
-@pytest.mark.parametrize("change", [
-    b"", b"half a checkp", {"a": 1}, {"gift": Malice("pwned")}, "rank", "layers"], ids=str)
-def test_a_run_that_does_not_fit_is_left_alone(finished_run, tmp_path, capsys, monkeypatch, change):
-    """Damaged, malicious, or of another model."""
+@pytest.mark.parametrize("change, complaint", [
+    (b"", "cannot go on"), (b"half a checkp", "cannot go on"), ({"a": 1}, "cannot go on"),
+    ({"gift": Malice("pwned")}, "cannot go on"), ("rank", "another base model"),
+    ("layers", "adapter is of another --model"), ("byte", "damaged")], ids=str)
+def test_a_run_that_does_not_fit_is_left_alone(
+        finished_run, tmp_path, capsys, monkeypatch, change, complaint):
     monkeypatch.chdir(tmp_path)
     run = copy_run(finished_run.folder, tmp_path, lora_rank=3 if change == "rank" else 8)
     file, state = run / "checkpoint.pt", torch.load(run / "checkpoint.pt")
     if isinstance(change, bytes):
         file.write_bytes(change)
+    elif change == "byte":                       # of a tensor, as on a bad disk
+        content, tensor = bytearray(file.read_bytes()), next(iter(state["adapter"].values()))
+        content[content.index(tensor.numpy().tobytes()) + 2] ^= 0x40
+        file.write_bytes(content)
     elif change == "layers":                     # peft itself would leave one of them random
         state["adapter"].pop(min(state["adapter"]))
         torch.save(state, file)
     elif change != "rank":
         torch.save(change, file)
-    before = file.read_bytes()
-    code, err = run_main(capsys, "--resume", run, "--epochs", 4)
-    assert code == 2 and "cannot go on from checkpoint.pt" in err and len(err.splitlines()) == 1
-    assert file.read_bytes() == before and not Path("pwned").exists()
+    said = refused(tmp_path, capsys, "--resume", run, "--epochs", 4)
+    assert re.search(f"checkpoint.pt: .*{complaint}", said) and not Path("pwned").exists()
 
 def quiet(waveforms, sample_rate, prompts):
     return -waveforms.square().mean(dim=1)
 
-def test_a_run_remembers_what_its_reward_was_called(run_flags, tmp_path, capsys):
+@pytest.mark.parametrize("loader, weight", [
+    ("load_clap", "audio_projection.2.bias"), ("load_pipeline", "conv_out.bias")])
+def test_a_run_goes_on_with_its_own_clap_and_base_model_alone(
+        finished_run, tmp_path, capsys, monkeypatch, loader, weight):
+    """A name does not tell: here one weight of what it stands for is another one."""
+    run, real = copy_run(finished_run.folder, tmp_path), getattr(clap_ppo, loader)
+    def other(*args):
+        model = real(*args)
+        getattr(model, "unet", model).get_parameter(weight).data[0] += 1
+        return model
+    monkeypatch.setattr(clap_ppo, loader, other)
+    assert "another base model or reward" in refused(run, capsys, "--resume", run, "--epochs", 4)
+
+def test_a_run_remembers_its_reward(run_flags, tmp_path, capsys):
     run = tmp_path / "run"
     assert clap_ppo.main([*run_flags, "--epochs", "1", "--out", str(run)], reward=quiet) == 0
-    code, err = run_main(capsys, "--resume", run, "--epochs", 2)
-    assert code == 2 and "its reward was quiet" in err
-    assert evaluate.main([str(run)]) == 2 and "quiet" in capsys.readouterr().err
+    assert "another base model or reward" in refused(run, capsys, "--resume", run, "--epochs", 2)
+    assert evaluate.main([str(run)]) == 2 and "reward" in capsys.readouterr().err
     assert clap_ppo.main(["--resume", str(run), "--epochs", "2"], reward=quiet) == 0
     assert evaluate.main([str(run), "--noises", "1"], reward=quiet) == 0
 
@@ -762,20 +856,39 @@ def test_an_epoch_is_saved_before_it_is_shown(run_flags, tmp_path):
     assert "4 training" in done.stdout and len(done.stderr.splitlines()) <= 1, done.stderr
     assert torch.load(tmp_path / "runs/seed-0/checkpoint.pt")["metrics"][0]["epoch"] == 1
 
-# ==== 8. Bad input ===============================================================================
+def test_one_process_works_in_a_folder_at_a_time(run_flags, finished_run, tmp_path, capsys):
+    """The lock file stays; what counts is who holds it, and a killed process holds nothing."""
+    run, new = copy_run(finished_run.folder, tmp_path), tmp_path / "new"
+    new.mkdir()
+    with FileLock(run / "lock"), FileLock(new / "lock"):
+        for flags in (["--resume", run], [*run_flags, "--out", run], [*run_flags, "--out", new]):
+            assert "another process is at work" in refused(tmp_path, capsys, *flags)
+    assert run_main(capsys, "--resume", run)[0] == 0
+
+# ==== 8. Settings, prompts and bad input =========================================================
+@pytest.mark.parametrize("model, real", [
+    ("samples/toy/pipeline", False), ("./samples/toy/pipeline/", False), (f"{TOY}/pipeline", False),
+    (f"{TOY}/judge/../pipeline", False), ("samples/toy", True), ("cvssp/audioldm2", True)])
+def test_a_real_model_begins_with_other_settings(monkeypatch, model, real):
+    """The bundled one is known by its place, however that is written. A flag wins over either."""
+    monkeypatch.chdir(HERE)
+    begins = vars(clap_ppo.Config(model=model)) | (clap_ppo.REAL_MODEL if real else {})
+    assert vars(clap_ppo.parse_args(["--model", model])[0]) == begins
+    cfg, _ = clap_ppo.parse_args(["--model", model, "--num-steps", "7", "--clap", "mine.pt"])
+    assert vars(cfg) == begins | {"num_steps": 7, "clap": "mine.pt"}
+
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory, finished_run):
     """A folder full of things that are not what they should be; commands are given in it."""
     folder = tmp_path_factory.mktemp("bad")
     (folder / "latin.txt").write_bytes("snoring\nV\u00f6gel\n".encode("latin-1"))
+    saved = (finished_run.folder / "config.json").read_text()
     for name, text in {
             "empty.txt": "# only\n\n   \n# comments\n", "good.txt": "snoring\nbirds chirp\n",
             "same.txt": "wind blowing\nSnoring.\n", "header.txt": "id,caption\n1,a dog barks\n",
-            "quoted.txt": '7,"a dog, a man"\n', "tabs.txt": "1\ta dog barks\n",
-            "lines.txt": '{"caption": "a dog barks"}\n', "list.txt": '["a dog barks"]\n',
-            "nothing/config.json": (finished_run.folder / "config.json").read_text(),
-            "broken/config.json": "{}]", "old/config.json": '{"eta": 1.0}',
-            "odd/config.json": '{"epochs": "ten"}'}.items():
+            "words.txt": "snoring\na helicopter\n", "nothing/config.json": saved,
+            "broken/config.json": "{}]", "odd/config.json": '{"epochs": "ten"}',
+            "old/config.json": saved.replace("noisy_steps", "noise_window")}.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     for name in ("clap.pt", "clap.json"):
@@ -793,44 +906,53 @@ def bad(tmp_path_factory, finished_run):
 CLAP = ["--clap", str(TOY / "judge/../clap.pt")]
 @pytest.mark.parametrize("flags, complaint", [
     ("", "prompts prompts.txt: .*No such file.*samples/prompts.txt"),
-    ("--prompts empty.txt", "empty.txt: no prompt in it"),
+    ("--prompts empty.txt", "empty.txt: no prompt"), ("--prompts words.txt", " of helicopter: "),
     ("--prompts latin.txt", "latin.txt: 'utf-8' codec.*samples/prompts.txt"),
-    ("--prompts header.txt", "header.txt: 'id,caption' is CSV or JSON; one prompt a"),
-    ("--prompts quoted.txt", "is CSV or JSON"), ("--prompts tabs.txt", "is CSV or JSON"),
-    ("--prompts lines.txt", "is CSV or JSON"), ("--prompts list.txt", "is CSV or JSON"),
+    ("--prompts header.txt", "header.txt: 'id,caption' is a line of.*one prompt a"),
     ("--eval-prompts same.txt", "'snoring' is trained on and held out: remove"),
     ("--clips-per-prompt 1", "--clips-per-prompt 1: use 2 to"), ("--micro-batch 0", " 0: use"),
     ("--seconds 12", "--seconds 12.0: use 0.1 to 10"), ("--learning-rate nan", "nan: use 1e-09 to"),
-    ("--dtype half", "--dtype: invalid choice: 'half'"), ("--no-such-flag", "unrecognized"),
-    ("--noise-window two", "--noise-window: invalid int value: 'two'"),
-    ("--noise-until 0.2", "--noise-window 2: use 1 to 1, or raise --noise-until"),
-    ("--updates-per-epoch 9", "--updates-per-epoch 9: more than clips"),
-    ("--model music", "--model music: needs its own --clap"),
-    ("--clap clap.pt --model nobody/has-this", "--model nobody/has-this: .*needs no network"),
-    ("--clap clap.pt --model music", "a MusicLDMPipeline is not supported"),
-    ("--clap clap.pt --model clipping", "its scheduler is not plain DDIM"),
-    ("--clap clap.pt --model velocity", "its scheduler is not plain DDIM"),
+    ("--dtype float16", "--dtype: invalid choice: 'float16'"), ("--no-such-flag", "unrecognized"),
+    ("--noisy-steps two", "--noisy-steps: invalid int value: 'two'"), ("--noisy-steps 0", "0: use"),
+    ("--noisy-steps 5", "--noisy-steps 5: use .* to 4"), ("--num-steps 1001", "1001: .*1000"),
+    ("--updates-per-epoch 9", "--updates-per-epoch 9: use .* to 8"),
+    ("--model music", "--model music: .*a MusicLDMPipeline is not supported"),
+    ("--clap clap.pt --model nobody/has-this", "--model nobody/has-this: no usable folder"),
+    ("--clap clap.pt --model clipping", "clip_sample=T"), ("--clap good.txt", "good.txt: no us"),
+    ("--clap clap.pt --model velocity", "prediction_type=v_prediction"),
     ("--clap clap.pt --model pickled", "--model pickled: no usable folder"),
     # told before the model is loaded, which could not be, either
     ("--clap clap.pt --model music --out good.txt/run", "Not a directory: 'good.txt/run'"),
-    ("--clap nobody/repo/x.pt", "--clap nobody/repo/x.pt: not found here or on the hub"),
-    ("--clap good.txt", "--clap good.txt: .*damaged"),
+    ("--clap nobody/repo/x.pt", "--clap nobody/repo/x.pt: no usable file"),
     ("--out nothing", "--out nothing: not empty; .*--resume nothing"),
-    ("--resume nowhere", "--resume nowhere: not a run.*No such file"),
-    ("--resume nothing", "--resume nothing: cannot go on from checkpoint.pt.*No such file"),
+    ("--resume nowhere", "nowhere: not a run.*No such file"), ("--resume odd", "odd: not a run"),
     ("--resume nothing --seed 5 --lora-rank 1", "lora_rank and seed cannot change"),
-    ("--resume broken", "--resume broken: not a run"), ("--resume odd", "--resume odd: not a run"),
-    ("--resume old", "--resume old: not a run.*eta")])
+    ("--resume broken", "broken: not a run"), ("--resume old", "old: not a run.*noise_window")])
 def test_a_mistake_gets_one_line_and_exit_code_2(bad, monkeypatch, capsys, flags, complaint):
     monkeypatch.chdir(bad)
     monkeypatch.setattr("logging.raiseExceptions", False)        # of pytest's closed streams
     if flags and not flags.startswith("--resume"):
         flags = " ".join(["--prompts good.txt", *TINY, flags])
-    before = {p for p in bad.rglob("*") if p.is_file()}
-    code, err = run_main(capsys, *flags.split())
-    lines = [line for line in err.splitlines() if not line.startswith("warning:")]
-    assert code == 2 and len(lines) == 1 and re.search(complaint, lines[0]), err
-    assert {p for p in bad.rglob("*") if p.is_file()} == before
+    assert re.search(complaint, refused(bad, capsys, *flags.split()))
+
+def test_a_prompt_may_have_marks_and_what_sounds_alike_is_one(tmp_path, capsys):
+    accepted = ["[SFX] a dog barks", "wind,rain", 'a man says,"hello"', "{adjective} dog",
+                "#1 hit song", "2,000 birds", "a piano in C", "a piano in C#", "3 dogs bark"]
+    lines = ["\ufeffsnoring", "# a note", "#", "## more", *accepted, "Snoring!", "  SNORING. ",
+             "water\u2028flows", "rain\0  falls", ""]
+    (tmp_path / "mine.txt").write_text("\r\n".join(lines), encoding="utf-8")
+    prompts = clap_ppo.read_prompts(tmp_path / "mine.txt")
+    assert list(prompts.values()) == ["SNORING.", *accepted, "water flows", "rain falls"]
+    assert "2 lines repeat" in capsys.readouterr().out
+
+def test_a_line_of_a_table_or_list_is_no_prompt(tmp_path):
+    for line in ("/data/a/001.wav", "001.wav|a dog barks", "1. a dog barks", "2) a dog barks",
+                 "- a dog barks", "* a dog barks", '"a dog barks",', '"a dog barks"', "[", "{",
+                 '7,"a dog, a man"', "7;a dog barks", "id,caption", "caption", "file_name,caption",
+                 "1\ta dog barks", '{"caption": "a dog barks"}', '["a dog barks"]'):
+        (tmp_path / "mine.txt").write_text(f"wind blowing\n{line}\n")
+        with pytest.raises(UserError, match="is a line of a list or table"):
+            clap_ppo.read_prompts(tmp_path / "mine.txt")
 
 def test_prompt_files_of_any_length_work(tmp_path):
     def split(lines, **more):
@@ -838,8 +960,7 @@ def test_prompt_files_of_any_length_work(tmp_path):
         cfg = config(prompts=str(tmp_path / "mine.txt"), **more)
         prompts, num_train = clap_ppo.split_prompts(cfg)
         return prompts[:num_train], prompts[num_train:]
-    windows = ["\ufeffsnoring\r", "# comment\r", "wind  blowing\r", "  snoring \r"]
-    assert split(windows) == (["snoring", "wind blowing"], [])
+    assert split(["snoring", "wind blowing"]) == (["snoring", "wind blowing"], [])
     assert split("abcdefgh") == (list("abcefg"), ["d", "h"])
     _, held_out = split(f"wind {i}" for i in range(1000))
     assert held_out == [f"wind {i}" for i in range(19, 1000, 20)]      # from all over the file
@@ -857,13 +978,16 @@ def test_a_single_prompt_trains_in_an_empty_folder_and_is_played_itself(tmp_path
     assert clap_ppo.main([str(flag) for flag in flags]) == 0
     assert evaluate.main([str(tmp_path / "run"), "--noises", "2"]) == 0
     out = capsys.readouterr().out
+    assert '"prompts": ["snoring"]' in (tmp_path / "run/index.html").read_text()
     assert "1 training, 0 held-out prompts" in out and "\ntraining prompts, original" in out
     assert re.search(r"training prompts \(n = 2\)\n.*\nreward( +-?\d\.\d{3}){4}\n", out)
-    assert "Training prompts, by samples/toy" in (tmp_path / "run/data.js").read_text()
+    assert "Training prompts, by " in (tmp_path / "run/data.js").read_text()
 
-def test_the_part_of_a_prompt_that_clap_does_not_read_is_said_before_the_run(monkeypatch, capsys):
-    """CLAP reads 77 tokens, of which 75 are words, also where the model's tokenizer takes 512."""
-    long = "water flows then wind blowing then snoring then birds chirp then " * 8 + "helicopter"
+def test_what_clap_does_not_read_of_a_prompt_is_said_before_the_run(monkeypatch, capsys):
+    """CLAP reads 77 tokens, of which 75 are words, also where the model's tokenizer takes 512. One
+    that has lost its vocabulary, to which all prompts are alike, is refused."""
+    from transformers import RobertaTokenizer
+    long = "water flows then wind blowing then snoring then birds chirp then " * 8 + "whistling"
     pipeline = clap_ppo.load_pipeline(str(TOY / "pipeline"))
     pipeline.tokenizer.model_max_length = 512
     monkeypatch.setattr(clap_ppo, "load_pipeline", lambda *args: pipeline)
@@ -873,20 +997,25 @@ def test_the_part_of_a_prompt_that_clap_does_not_read_is_said_before_the_run(mon
             clap_ppo.load_setup(config(), prompts, len(prompts))
         said = capsys.readouterr().err
         assert len(said.splitlines()) == bool(lost) and " ".join(lost) in said
+    pipeline.tokenizer = RobertaTokenizer(vocab={"<s>": 0, "</s>": 2, "<unk>": 3}, merges=[])
+    with pytest.raises(UserError, match="its tokenizer reads 'birds chirp' as nothing"):
+        clap_ppo.load_setup(config(), TRAIN_PROMPTS, 4)
 
 # ==== 9. Files that others load ==================================================================
 def test_a_run_leaves_what_was_promised_and_asks_nothing_of_the_network(finished_run):
     """Every epoch began with ratio 1, to 1e-6 in float32."""
     run, (_, metrics, _) = finished_run.folder, results(finished_run.folder)
     assert not finished_run.network.exists(), finished_run.network.read_text()
-    assert all(0 <= row["replay_error"] <= 1e-6 and row["approx_kl"] > 0 for row in metrics)
+    assert all(0 <= row["log_prob_gap"] <= 1e-6 and row["approx_kl"] > 0 for row in metrics)
+    assert {path.name for path in run.iterdir()} == {
+        "lock", "config.json", "metrics.jsonl", "checkpoint.pt", "adapter", "clips"}
     assert clap_ppo.Config(**json.loads((run / "config.json").read_text())).eval_guidance == 2.5
     assert len(list((run / "clips").iterdir())) == 2 * len(HELD_OUT)
     assert b".default." not in (run / "adapter/adapter_model.safetensors").read_bytes()  # peft's
     assert (run / "adapter/adapter_config.json").exists() and not list(run.rglob("tmp-*"))
     assert len(re.findall(r"^epoch \d/3  reward_mean ", finished_run.out, flags=re.M)) == 3
     assert re.search(r"guidance 2.5: reward \S+ -> \S+\nof 3 prompts \d clearly better, \d clearly "
-                     r"worse, others within 0.1\nlisten: ", finished_run.out)
+                     r"worse, others within 0.1\nlisten: runs/seed-0/clips$", finished_run.out)
 
 def stock_pipeline(model: Path, adapter: Path | None = None):
     """A pipeline that knows nothing of this script, with an adapter as the README loads it."""
@@ -924,9 +1053,9 @@ def test_the_adapter_gives_the_tuned_clips_in_a_plain_pipeline(finished_run):
 def test_clips_are_those_of_the_stock_pipeline(narrow, prompt_file, tmp_path, family, seconds):
     """With an adapter that is not zero. Always rounding up fails at 0.33 s, never at 0.29 s."""
     model = narrow(family)
-    setup = load("--prompts", str(prompt_file), "--model", str(model), *CLAP, "--seconds",
-                 str(seconds), "--num-steps", "4", "--noise-window", "1")
-    for weight in setup.optimizer.param_groups[0]["params"]:
+    setup = load("--prompts", prompt_file, "--model", model, *CLAP, "--seconds", seconds,
+                 "--num-steps", 4, "--noisy-steps", 1)
+    for weight in trainable(setup.unet):
         weight.data += 0.05 * torch.randn(weight.shape, generator=seeded(0))
     setup.unet.peft_config["default"].save_pretrained(tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(
@@ -947,42 +1076,43 @@ def test_prompts_are_encoded_in_chunks_as_the_pipeline_does_in_one():
     prompts = [f"{a} then {b}" for a in TRAIN_PROMPTS for b in TRAIN_PROMPTS] * 9        # 144
     with torch.no_grad():
         empty, full = pipe._encode_prompt(prompts, torch.device("cpu"), 1, True).chunk(2)
-    found = clap_ppo.encode_prompts(pipe, prompts)["class_labels"]
-    torch.testing.assert_close(found, torch.cat([full, empty]), rtol=1e-5, atol=1e-6)
+    for found, expected in zip(clap_ppo.encode_prompts(pipe, prompts), (full, empty), strict=True):
+        torch.testing.assert_close(found["class_labels"], expected, rtol=1e-5, atol=1e-6)
 
 @pytest.mark.slow
 def test_twenty_thousand_prompts_load_in_two_minutes_and_nine_gigabytes(tmp_path):
-    (tmp_path / "many.txt").write_text("".join(f"a dog barks {i} times\n" for i in range(20_000)))
+    words = itertools.permutations((TOY / "pipeline/vocabulary.txt").read_text().split(), 3)
+    prompts = [" ".join(three) for three in itertools.islice(words, 20_000)]
+    (tmp_path / "many.txt").write_text("\n".join(prompts))
     code = ("import test_clap_ppo; setup = test_clap_ppo.load('--prompts', 'many.txt'); "
-            "assert setup.condition['class_labels'].shape == (40_000, 64)")
+            "assert setup.condition['class_labels'].shape == (20_000, 64)")
     done = run_process(f'ulimit -v 9000000; {sys.executable} -c "{code}"', shell=True, timeout=120,
-                       cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1",
-                                          "PYTHONPATH": str(HERE)})
+                       cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": HERE})
     assert done.returncode == 0, done.stderr[-2000:]
 
-def test_importing_the_script_does_nothing_and_sections_one_and_two_need_torch_alone(tmp_path):
+def test_importing_the_script_does_nothing_and_sections_one_to_three_need_torch_alone(tmp_path):
     """Nor do its guards vanish under `python -O`, as assertions do."""
     heavy = ["diffusers", "transformers", "peft", "laion_clap", "torchaudio", "matplotlib"]
     source = (HERE / "clap_ppo.py").read_text()
     assert not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(source)))
-    begin, end = (source.index(f"# ==== {n}. ") for n in (1, 3))
-    (tmp_path / "policy.py").write_text("import math\nimport torch\nfrom torch import Tensor\n"
-                                        + source[begin:end])
-    code = (f"import sys; sys.path.append({str(HERE)!r}); import clap_ppo, policy; "
-            f"print([m for m in {heavy} if m in sys.modules]); clap_ppo.main(['--help'])")
+    begin, end = (source.index(f"# ==== {n}. ") for n in (1, 4))
+    imports = "import math, torch\nimport torch.nn.functional as F\nfrom torch import Tensor\n"
+    (tmp_path / "core.py").write_text(imports + source[begin:end])
+    code = (f"import sys, doctest; sys.path.append({str(HERE)!r}); import clap_ppo, core; "
+            f"print([m for m in {heavy} if m in sys.modules], doctest.testmod(core)); "
+            f"clap_ppo.main(['--help'])")
     done = run_process([sys.executable, "-c", code], cwd=tmp_path)
-    assert done.stdout.startswith("[]") and done.stderr == "" and done.returncode == 0
+    assert done.stdout.startswith("[] TestResults(failed=0, attempted=2)") and done.stderr == ""
     for field in dataclasses.fields(clap_ppo.Config):
-        assert f"--{field.name.replace('_', '-')} " in done.stdout
-    assert doctest.testmod(clap_ppo).failed == 0
+        assert f"    {field.name}: {field.type.__name__} = " in done.stdout
+    assert done.returncode == 0 and doctest.testmod(clap_ppo).failed == 0
 
 def test_the_script_and_requirements_name_the_same_packages():
     block = re.search(r"# /// script\n(.*?)# ///\n", (HERE / "clap_ppo.py").read_text(), re.S)[1]
     metadata = tomllib.loads("".join(line[2:] for line in block.splitlines(keepends=True)))
-    lines = [line.split("#")[0].strip() for line in open(HERE / "requirements.txt")]
-    assert {*metadata["dependencies"], "pytest>=8"} == {*lines} - {""}
-
-README = (HERE / "README.md").read_text()
+    lines = {line.split("#")[0].strip() for line in open(HERE / "requirements.txt")} - {""}
+    others = lines.symmetric_difference(metadata["dependencies"])       # of tests and samples
+    assert {re.match(r"\w+", line)[0] for line in others} <= {"pytest", "scipy"}
 
 def test_documented_code_works(prompt_file, finished_run, tmp_path, monkeypatch, capsys):
     commands = re.findall(r"^\s*(python clap_ppo\.py\b(?:.*\\\n)*.*)$", README + clap_ppo.__doc__,
@@ -1068,7 +1198,6 @@ NASTY = ["<script>window.pwned = 1</script> wind", 'a "quoted" \'dog\' & <b>cat<
          "a bird \U0001f426", "\u0643\u0644\u0628 \u064a\u0646\u0628\u062d",
          "</script><img src=x onerror='window.pwned = 1'>"]
 PAGE_PROMPTS = NASTY + [f"prompt number {i} of a long file, all different" for i in range(11)]
-
 def test_the_judge_hears_what_the_run_played(finished_run):
     """The same clips, so the same rewards; the last snapshot is the tuned model."""
     run = finished_run.folder
@@ -1077,8 +1206,8 @@ def test_the_judge_hears_what_the_run_played(finished_run):
     assert evaluate.main([str(run), *flags]) == 0
     found = json.loads((run / "evaluation.json").read_text())
     shown = re.search(r"reward (\S+) -> (\S+)\n", finished_run.out).groups()
-    for side, shown in zip(("base", "tuned"), shown):
-        assert found[side]["reward"]["value"] == pytest.approx(float(shown), abs=6e-4)
+    for side, reward in zip(("base", "tuned"), shown, strict=True):
+        assert found[side]["reward"]["value"] == pytest.approx(float(reward), abs=6e-4)
     assert found["snapshots"][-1]["judge_score"] == found["tuned"]["judge_score"]
     assert [row["label"] for row in found["guidance"]] == ["base, guidance 1", "tuned, guidance 1"]
     assert found["guidance"][0]["reward"] != found["base"]["reward"]
@@ -1127,7 +1256,7 @@ def check_one_plays_at_a_time(page):
     page.wait_for_function("(([a, b]) => a.paused > b.paused)(document.querySelectorAll('audio'))")
 
 def test_the_plain_page_of_a_run_plays_its_clips_and_prompts_are_text(
-        page, finished_run, tmp_path, monkeypatch, capsys):
+        page, tmp_path, monkeypatch, capsys):
     """Tags, quotes, emoji and Arabic appear as written, and nothing in them runs."""
     assert page.locator("#rows h3").all_text_contents() == PAGE_PROMPTS
     assert page.locator("#kind").text_content() == "Training prompts, by the judge"
@@ -1136,18 +1265,19 @@ def test_the_plain_page_of_a_run_plays_its_clips_and_prompts_are_text(
     waves, rewards = torch.zeros(2 * len(NASTY), 40960), torch.zeros(len(NASTY), 2)
     answers = [(waves, rewards), (waves, rewards - torch.arange(len(NASTY))[:, None])]
     monkeypatch.setattr(clap_ppo, "score_held_out", lambda *args: answers.pop(0))
-    clap_ppo.finish(setup, tmp_path)
-    assert "of 5 prompts 0 clearly better, 4 clearly worse" in capsys.readouterr().out
-    page.goto((tmp_path / "index.html").as_uri())       # what changed most comes first
-    assert [row.strip() for row in page.locator("tr").all_text_contents()[1:]] == [
-        f"{NASTY[i]}0.00{-i:.2f}" for i in (4, 3, 2, 1, 0)]
+    clap_ppo.finish(setup, tmp_path, [{"epoch": n, "reward_mean": n / 10} for n in (1, 2)])
+    summary = "of 5 prompts 0 clearly better, 4 clearly worse"
+    assert summary in capsys.readouterr().out
+    page.goto((tmp_path / "index.html").as_uri())
+    assert summary in page.locator("#summary").text_content()
+    assert page.locator("th[scope=row]").all_text_contents() == NASTY[::-1]     # most changed first
+    assert page.locator("td").all_text_contents() == [
+        "0.00", "-4.00", "0.00", "-3.00", "0.00", "-2.00", "0.00", "-1.00", "0.00", "0.00"]
+    assert "0.10 to 0.20" in page.locator("svg").get_attribute("aria-label")
     check_one_plays_at_a_time(page)
-    for folder, prompts in ((finished_run.folder, HELD_OUT), (tmp_path, NASTY)):
-        page.goto((folder / "index.html").as_uri())
-        assert {*page.locator("th[scope=row]").all_text_contents()} == {*prompts}
-        players = "[...document.querySelectorAll('audio')].filter(a => a.duration == 2.56)"
-        page.wait_for_function(f"{players}.length == {2 * len(prompts)}")
-        assert page.evaluate("window.pwned") is None
+    players = "[...document.querySelectorAll('audio')].filter(a => a.duration == 2.56)"
+    page.wait_for_function(f"{players}.length == {2 * len(NASTY)}")
+    assert page.evaluate("window.pwned") is None
 
 def test_a_blind_test_hides_sides_and_anchors_and_one_clip_plays_at_a_time(page):
     """By place. An anchor is two clips by the base model, one of them of another prompt."""
@@ -1220,7 +1350,6 @@ def test_the_blind_test_by_keyboard_and_its_rates(page, tmp_path, capsys):
 # ==== 11. Real models: the official formats, full-size CLAP, random weights ======================
 SMALL = bench.LEVELS | dict(block_out_channels=[8, 16, 24, 40], layers_per_block=1,
                             attention_head_dim=4, norm_num_groups=8)
-
 def small_audioldm(toy):
     """AudioLDM's architecture, but narrow; text encoder, VAE and vocoder are the toy's."""
     from diffusers import UNet2DConditionModel
@@ -1231,25 +1360,21 @@ def small_audioldm(toy):
 
 def small_audioldm2(toy):
     """AudioLDM2's; the text encoder is that of the judge, or random."""
-    from diffusers import (AudioLDM2Pipeline, AudioLDM2ProjectionModel,
-                           AudioLDM2UNet2DConditionModel)
-    from transformers import (ClapFeatureExtractor, ClapModel, GPT2Config, GPT2LMHeadModel,
-                              T5Config, T5EncoderModel, T5Tokenizer)
-    clap = ClapModel.from_pretrained(TOY / "judge", dtype=torch.float32)
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -5.0)]
+    import diffusers as df
+    import transformers as tr
+    clap = tr.ClapModel.from_pretrained(TOY / "judge", dtype=torch.float32)
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -5.0)]
     for word in (TOY / "pipeline/vocabulary.txt").read_text().split():
-        vocabulary.append(("\u2581" + word, -3.0))
-    language_model = GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=2, n_head=2, vocab_size=10))
-    language_model.config.max_new_tokens = 8
-    return AudioLDM2Pipeline(
-        vae=toy.vae, text_encoder=clap, text_encoder_2=T5EncoderModel(T5Config(
-            vocab_size=len(vocabulary) + 100, d_model=32, d_kv=8, d_ff=32, num_layers=2,
-            num_heads=4)),
-        projection_model=AudioLDM2ProjectionModel(clap.config.projection_dim, 32, 24),
-        language_model=language_model, tokenizer=toy.tokenizer,
-        tokenizer_2=T5Tokenizer(vocab=vocabulary, model_max_length=64),
-        feature_extractor=ClapFeatureExtractor(), scheduler=toy.scheduler, vocoder=toy.vocoder,
-        unet=AudioLDM2UNet2DConditionModel(**SMALL, cross_attention_dim=4 * [[None, 24, 32]]))
+        words.append(("\u2581" + word, -3.0))
+    gpt2 = tr.GPT2LMHeadModel(tr.GPT2Config(n_embd=24, n_layer=2, n_head=2, vocab_size=10))
+    gpt2.config.max_new_tokens = 8
+    t5 = tr.T5Config(vocab_size=200, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4)
+    return df.AudioLDM2Pipeline(
+        vae=toy.vae, text_encoder=clap, text_encoder_2=tr.T5EncoderModel(t5), language_model=gpt2,
+        projection_model=df.AudioLDM2ProjectionModel(clap.config.projection_dim, 32, 24),
+        tokenizer=toy.tokenizer, tokenizer_2=tr.T5Tokenizer(vocab=words, model_max_length=64),
+        feature_extractor=tr.ClapFeatureExtractor(), scheduler=toy.scheduler, vocoder=toy.vocoder,
+        unet=df.AudioLDM2UNet2DConditionModel(**SMALL, cross_attention_dim=4 * [[None, 24, 32]]))
 
 @pytest.fixture(scope="session")
 def narrow(tmp_path_factory):
@@ -1268,7 +1393,7 @@ def narrow(tmp_path_factory):
 
 def narrow_setup(folder: Path, loud: float):
     """With the toy's CLAP. A random U-Net whispers and hardly hears its prompt: both turned up."""
-    setup = load("--prompts", str(TOY.parent / "prompts.txt"), "--model", str(folder), *CLAP, *TINY)
+    setup = load("--prompts", f"{TOY}/../published_prompts.txt", "--model", folder, *CLAP, *TINY)
     setup.unet.base_model.model.conv_out.weight.data *= 3
     for name, value in setup.condition.items():
         if value.is_floating_point():
@@ -1276,51 +1401,27 @@ def narrow_setup(folder: Path, loud: float):
     return setup
 
 @pytest.mark.parametrize("family", ["audioldm", "audioldm2"])
-def test_float16_has_the_gradient_of_float32(narrow, monkeypatch, family):
-    """At AudioLDM's D = 16,384 most of it underflows without a loss scale, unnoticed."""
-    setup, gradients = narrow_setup(narrow(family), loud=1), []
-    setup.latent_shape = (8, 128, 16)
-    setup.cfg = dataclasses.replace(setup.cfg, updates_per_epoch=1, clips_per_prompt=2)
-    weights = setup.optimizer.param_groups[0]["params"]
-    for weight in weights:                       # else B = 0, and A has no gradient
-        weight.data += 0.02 * torch.randn(weight.shape, generator=seeded(0))
-    _, rows = roll(setup, starts=(1, 2))
-    def keep(setup, number):
-        setup.scaler.unscale_(setup.optimizer)
-        gradients.append(torch.cat([weight.grad.flatten() for weight in weights]))
-        assert all(weight.grad.abs().max() > 0 for weight in weights)
-        setup.optimizer.zero_grad()
-        return 0.0
-    monkeypatch.setattr(clap_ppo, "optimizer_step", keep)
-    monkeypatch.setattr(clap_ppo, "check_on_policy", lambda *args: 0.0)
-    for dtype in (torch.float32, torch.float16):
-        scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
-        scaler.scale(torch.zeros(1))             # as if it had been used before
-        update_once(dataclasses.replace(setup, dtype=dtype, scaler=scaler), rows)
-    assert not torch.equal(*gradients) and torch.cosine_similarity(*gradients, dim=0) > 0.999
-
-def test_a_loss_scale_survives_a_stop(run_flags, tmp_path, monkeypatch):
-    flags = [*run_flags, "--dtype", "float16", "--epochs", "1", "--out", str(tmp_path / "run")]
-    monkeypatch.setattr(clap_ppo, "finish", lambda *args: None)
-    assert clap_ppo.main(flags) == 0
-    resumed, _ = clap_ppo.resume_run(*clap_ppo.parse_args(["--resume", str(tmp_path / "run")]))
-    assert resumed.scaler.get_scale() == 65536 and resumed.scaler._get_growth_tracker() == 2
-
-def test_float16_skips_a_step_that_overflows_but_not_for_ever():
-    """The scaler halves its scale until nothing is left to halve. The log takes no infinities."""
-    setup = painter_setup(0.1, dtype="float16", epochs=100)
-    _, rows = roll(setup)
-    assert update_once(setup, rows, torch.full_like(rows["log_prob"], 1e12))["grad_norm"] == 0
-    assert push(setup, 0, math.inf)[:2] == (math.inf, 0)
-    norm, step, count = push(setup, 1, 1.0)
-    assert norm == pytest.approx(count ** 0.5) and step > 0
-    with pytest.raises(UserError, match="gradient is not finite"):
-        for number in range(99):
-            push(setup, number, math.inf)
+def test_activations_computed_anew_on_a_gpu_are_the_same(narrow, monkeypatch, family):
+    """Bit by bit, with their gradients, which need less memory so. A CPU is taken for a GPU."""
+    from diffusers import ModelMixin
+    found, blocks = [], []
+    for device in (torch.device("cpu"), type("Device", (str,), {"type": "cuda"})("cpu")):
+        monkeypatch.setattr(ModelMixin, "device", device)
+        setup = narrow_setup(narrow(family), loud=1)
+        setup.device = torch.device("cpu")
+        for weight in trainable(setup.unet):            # else B = 0, and A has no gradient
+            weight.data += 0.02 * torch.randn(weight.shape, generator=seeded(0))
+        log_prob, mean, _ = replay(setup, roll(setup)[1])
+        log_prob.sum().backward()
+        found.append([mean, *[weight.grad for weight in trainable(setup.unet)]])
+        blocks.append(["checkpoint" in str(vars(m).get("forward")) for m in setup.unet.modules()])
+    assert sum(blocks[0]) == 0 and sum(blocks[1]) >= 20
+    for plain, anew in zip(*found, strict=True):
+        assert torch.equal(plain, anew) and plain.abs().max() > 0
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family, dtype", [
-    ("audioldm", "bfloat16"), ("audioldm2", "float32"), ("audioldm2", "float16")])
+    ("audioldm", "bfloat16"), ("audioldm2", "float32"), ("audioldm2", "bfloat16")])
 def test_real_architectures_run_from_their_folders(
         narrow, family, dtype, prompt_file, tmp_path, monkeypatch, capsys):
     """With a full-size CLAP. Cut in the second epoch and resumed, all has the same bytes."""
@@ -1330,13 +1431,12 @@ def test_real_architectures_run_from_their_folders(
     monkeypatch.setattr("huggingface_hub.hf_hub_download", None)
     monkeypatch.setattr(clap_ppo, "WARMUP_UPDATES", 1)
     monkeypatch.setattr(clap_ppo, "EVAL_CLIPS", 1)
-    flags = ["--prompts", prompt_file, "--model", narrow(family), "--clap", clap,
-             *TINY, "--dtype", dtype, "--learning-rate", "0.02", "--noise-until", "0.4",
-             "--clip-range", "1e-5", "--epochs", 2]             # x 16 for D = 1,024
+    flags = ["--prompts", prompt_file, "--model", narrow(family), "--clap", clap, *TINY,
+             "--dtype", dtype, "--learning-rate", 0.02, "--clip-range", 0.16, "--epochs", 2]
     assert run_main(capsys, *flags, "--out", tmp_path / "run")[0] == 0
     for row in results(tmp_path / "run")[1]:
         assert row["approx_kl"] > 0 and row["reward_spread"] > 0
-    with cut(2):
+    with cut("update", 2):
         assert run_main(capsys, *flags, "--out", tmp_path / "cut")[0] == 130
     assert run_main(capsys, "--resume", tmp_path / "cut")[0] == 0
     assert results(tmp_path / "cut") == results(tmp_path / "run")
@@ -1346,5 +1446,5 @@ def test_a_checkpoint_named_by_its_place_on_the_hub_is_fetched_once(clap, monkey
     asked = []
     monkeypatch.setattr("huggingface_hub.hf_hub_download",
                         lambda *args: asked.append(args) or str(TOY / "clap.pt"))
-    clap_ppo.load_clap(re.search(r"--clap (\S+)", clap_ppo.__doc__)[1], clap.tokenizer)
+    clap_ppo.load_clap(clap_ppo.REAL_MODEL["clap"], clap.tokenizer)
     assert asked == [("lukewys/laion_clap", "630k-audioset-best.pt")]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A finished run before a judge that PPO never saw: statistics, curve, listening page.
 
     python samples/evaluate.py runs/seed-0                                   # base against tuned
@@ -13,6 +14,7 @@ blind test, listen.html, into the run. A run with a reward of your own is evalua
 """
 
 import argparse
+import glob
 import hashlib
 import json
 import shutil
@@ -32,6 +34,7 @@ sys.path.insert(0, str(HERE.parent))
 import clap_ppo  # noqa: E402
 from clap_ppo import UserError  # noqa: E402
 
+
 # ==== 1. The judge ====
 def load_judge(judge: str, device="cpu"):
     """A `transformers.ClapModel` with its processor attached: a folder or a hub id."""
@@ -40,7 +43,8 @@ def load_judge(judge: str, device="cpu"):
         model = ClapModel.from_pretrained(judge, dtype=torch.float32).to(device).eval()
         model.processor = ClapProcessor.from_pretrained(judge)
     except Exception as error:
-        raise UserError(f"--judge {judge}: no ClapModel, or no network: {error}") from None
+        raise UserError(f"--judge {judge}: no ClapModel, or no network: "
+                        f"{clap_ppo.cause(error)}") from error
     return model
 
 @torch.no_grad()
@@ -153,8 +157,11 @@ def bootstrap(sums: Tensor, counts: Tensor | None = None) -> dict | None:
     return {"value": (sums.sum() / counts.sum()).item(), "low": low, "high": high}
 
 def figures(clips: Clips) -> dict:
-    """Every figure of merit with its interval."""
-    return {name: bootstrap(values) for name, values in per_prompt_metrics(clips).items()}
+    """Every figure of merit with its interval; no recognition among fewer than four prompts."""
+    found = {name: bootstrap(values) for name, values in per_prompt_metrics(clips).items()}
+    if len(clips.judge) < 4:            # one prompt is always recognised
+        found["recognition"] = None
+    return found
 
 def compare(base: Clips, tuned: Clips) -> dict:
     """Base, best of n and tuned, paired differences, and what training did to single clips.
@@ -169,6 +176,8 @@ def compare(base: Clips, tuned: Clips) -> dict:
     differences = {}
     for name in before:
         differences[name] = bootstrap(after[name] - before[name])
+    if len(base.judge) < 4:
+        differences["recognition"] = None
     was_right = recognised(base)
     right = recognised(tuned)
     mended = (right & ~was_right).sum(dim=1)                                # (M,)
@@ -186,6 +195,7 @@ def compare(base: Clips, tuned: Clips) -> dict:
         "preference": bootstrap(preferred / n),
         "n": n,
         "clips": gain.numel(),
+        "chance": 1 / len(gain),
     }
 
 def over_optimised(rows: list) -> list[int]:
@@ -216,7 +226,7 @@ def print_line(label: str, width: int, cells: list[str]) -> None:
 def print_evaluation(result: dict, kind: str = "held-out prompts") -> None:
     """The table base / best-of-n / tuned, and what else was asked for; kind: of the prompts."""
     columns = ["base", "best_of_n", "tuned", "tuned_minus_base"]
-    print(f"{kind} (n = {result['n']})")
+    print(f"{kind} (n = {result['n']}); recognition by chance: {result['chance']:.3f}")
     print_line("", 16, columns)
     for name in result["base"]:
         print_line(name, 16, [show(result[column][name]) for column in columns])
@@ -325,6 +335,8 @@ def pool_listeners(paths: list[str]) -> dict:
     counts = {task: Counter() for task in TASKS}
     listeners, runs = set(), set()
     left_out = 0
+    matches = [glob.glob(path) or [path] for path in paths]    # where the shell left a * alone
+    paths = sum(matches, [])
     for path in paths:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -366,12 +378,12 @@ def evaluate(run: Path, judge: str = "", noises: int = 4, guidance=(), best=(),
             if not 1 <= value <= 1e9:                   # NaN is not, either
                 raise UserError(f"--{flag} {value}: use 1 or more")
     cfg, _ = clap_ppo.parse_args(["--resume", str(run)])
-    setup, metrics = clap_ppo.resume_run(cfg, run, reward)
+    setup, metrics = clap_ppo.open_run(cfg, run, reward)
     if len(metrics) < cfg.epochs:
         raise UserError(f"{run}: not finished; go on with clap_ppo.py --resume {run}")
     if not judge:
         judge = "laion/larger_clap_general"
-        if Path(clap_ppo.bundled(cfg.clap)).resolve() == HERE / "toy/clap.pt":
+        if Path(cfg.clap).resolve() == HERE / "toy/clap.pt":
             judge = str(HERE / "toy/judge")             # it knows the bundled model's sounds alone
     ear = load_judge(judge, setup.device)
     base = make_base_clips(setup, ear, noises)
@@ -404,7 +416,7 @@ def evaluate(run: Path, judge: str = "", noises: int = 4, guidance=(), best=(),
 
 def main(argv=None, reward: Callable | None = None) -> int:
     """Exit code: 0, or 2 after one line about a mistake."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("run", nargs="?", default="runs/seed-0", help="a finished run's directory")
     parser.add_argument("--judge", default="", help="a transformers ClapModel: folder or hub id")
     parser.add_argument("--noises", type=int, default=4, help="clips per held-out prompt")

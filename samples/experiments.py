@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The experiments behind the README's tables: `clap_ppo.py` with other flags, or one part replaced.
 
     python samples/experiments.py                  # what there is, and what is still to run
@@ -29,8 +30,9 @@ from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-import clap_ppo  # noqa: E402
 import evaluate  # noqa: E402
+
+import clap_ppo  # noqa: E402
 from clap_ppo import Config  # noqa: E402
 
 RESULTS = HERE / "results.jsonl"
@@ -38,52 +40,26 @@ RUNS = Path("runs/experiments")
 PROMPTS = str(HERE / "prompts.txt")
 
 # ==== 1. Parts of clap_ppo.py that an experiment replaces ====
-policy, replay, rollout = clap_ppo.policy, clap_ppo.replay, clap_ppo.rollout    # the originals
+policy, rollout = clap_ppo.policy, clap_ppo.rollout             # the originals
 
-def with_guidance(scale):
-    """`policy`, but guided wherever it acts."""
-    def guided_policy(setup, rows, eta):
-        mean, sigma = policy(setup, rows, eta)
-        count = len(setup.prompts)
-        empty = rows | {"prompt_id": rows["prompt_id"] % count + count}
-        mean_of_empty, _ = policy(setup, empty, eta)
-        # Guidance of means is guidance of predictions, at any eta: a mean is a x_t + b eps, both
-        # passes have the same a, b and x_t, and the weights, scale and 1 - scale, add up to 1.
-        return mean_of_empty + scale * (mean - mean_of_empty), sigma
-    return guided_policy
 
-def replay_with_pull(setup, rows):
-    """`replay`, but guided where the adapter is off: --kl-weight pulls to the guided base model."""
-    log_prob, mean, sigma = replay(setup, rows)
-    if not setup.unet.get_model_status().enabled:
-        mean, _ = with_guidance(5)(setup, rows, clap_ppo.ETA)
-    return log_prob, mean, sigma
+def policy_with_pull(setup, rows, eta, condition):
+    """`policy`, but guided where the adapter is off and there is noise: the base model's mean to
+    which --kl-weight pulls."""
+    mean, sigma = policy(setup, rows, eta, condition)
+    if eta == 0 or setup.unet.get_model_status().enabled:
+        return mean, sigma
+    # Guidance of means is guidance of predictions, at any eta: a mean is a x_t + b eps, both
+    # passes have the same a, b and x_t, and the weights, 5 and 1 - 5, add up to 1.
+    mean_of_empty, _ = policy(setup, rows, eta, setup.empty_condition)
+    return mean_of_empty + 5 * (mean - mean_of_empty), sigma
 
-def rollout_with_clips(setup, prompt_ids, first_noisy, generator):
-    """`rollout`, but its rows hold the finished clips, which regression learns from."""
-    latents, rows = rollout(setup, prompt_ids, first_noisy, generator)
-    rows["finished"] = latents[rows["clip_id"]]
-    return latents, rows
 
-def regression_update(setup, rows, epoch, generator):
-    """Reward-weighted regression (Lee et al. 2023, arXiv 2302.12192), with DDPO's weights: the
-    diffusion loss on own clips, each four times an epoch, weighted by exp(advantage)."""
-    updates, count = setup.cfg.updates_per_epoch, len(rows["clip_id"])
-    order = torch.randperm(4 * count, generator=generator) % count
-    for i, at in enumerate(order.tensor_split(updates)):
-        part = clap_ppo.take(rows, at.to(setup.device))
-        # Each clip is noised to a random step of the sampler, and that noise is to be predicted.
-        step = torch.randint(setup.cfg.num_steps, (len(at),), generator=generator)
-        alpha_bar = setup.schedule[1][step]
-        noise = clap_ppo.randn(setup, len(at), generator)
-        latents = alpha_bar.sqrt() * part["finished"] + (1 - alpha_bar).sqrt() * noise
-        condition = clap_ppo.take(setup.condition, part["prompt_id"])
-        noise_pred = setup.unet(latents, setup.schedule[0][step], **condition).sample
-        error = (noise_pred - noise).square().flatten(1).mean(1)
-        loss = (error * part["advantage"].exp()).mean()
-        setup.scaler.scale(loss).backward()
-        clap_ppo.optimizer_step(setup, epoch * updates + i)
-    return {}
+def own_starting_latents(setup, generator):
+    """`starting_latents`, but each clip has its own."""
+    cfg = setup.cfg
+    return clap_ppo.randn(setup, cfg.prompts_per_epoch * cfg.clips_per_prompt, generator)
+
 
 # ==== 2. The experiments ====
 class Experiment(NamedTuple):
@@ -92,44 +68,34 @@ class Experiment(NamedTuple):
     flags: str = ""
     parts: dict = {}        # of clap_ppo.py, replaced
 
-PULL = {"replay": replay_with_pull}
+PULL = {"policy": policy_with_pull}
 NO_REWARD = {"group_advantages": torch.zeros_like}
-ALL_STEPS = "--noise-window 10 --noise-until 1"
-# As many clips as the defaults make; 10 steps, not 50; an adapter where this model hears prompts.
-DDPO = (f"{ALL_STEPS} --starting-noise own --epochs 40 --clips-per-prompt 16 "
-        "--learning-rate 3e-4 --updates-per-epoch 4 --lora-rank 4")
+OWN_NOISE = {"starting_latents": own_starting_latents}
 NARROW = {"LORA_LAYERS": ["to_q", "to_k", "to_v", "to_out.0", "time_emb_proj", "class_embedding"]}
-RWR = "--learning-rate 1e-3 --updates-per-epoch 8"      # with the defaults' 4e-3 it did harm
 # What the base model has for free, measured with each run of "ppo".
-GUIDANCE, BEST_OF = (1, 1.5, 2, 3, 5, 7), (4, 16)
+GUIDANCE, BEST_OF = (1, 2, 5, 7), (4, 16)
 GUIDED = [f"base, guidance {scale:g}" for scale in GUIDANCE]
 ARMS = {
     "ppo": Experiment("PPO alone: the defaults", 5),
     "pull": Experiment("guidance distillation alone", 5, "--kl-weight 0.05", PULL | NO_REWARD),
     "pull-and-ppo": Experiment("PPO and guidance distillation", 5, "--kl-weight 0.05", PULL),
-    "kl": Experiment("PPO, KL to the base", 5, "--kl-weight 0.05"),
-    "rwr": Experiment("reward-weighted regression", 5, RWR,
-                      {"rollout": rollout_with_clips, "update": regression_update}),
-    "ddpo": Experiment("DDPO's settings, guidance 5", 5, DDPO,
-                       NARROW | {"policy": with_guidance(5)}),
     "long": Experiment("PPO alone, three times the epochs", 1, "--epochs 240"),
 }
-ABLATIONS = {}
-for name, title, flags in (
-        ("one-step", "noise in one step", "--noise-window 1"),
-        ("two-steps", "noise in two steps", "--noise-window 2"),
-        ("textbook", "noise in all 10 steps, 9 trained", ALL_STEPS),
-        ("own-noise", "each clip its own starting noise", "--starting-noise own"),
-        ("8x16", "8 prompts x 16 clips", "--prompts-per-epoch 8 --clips-per-prompt 16"),
-        ("8x8", "8 prompts x 8 clips, 120 epochs", "--prompts-per-epoch 8 --epochs 120"),
-        ("no-clipping", "no clipping", "--clip-range 1e3"),
-        ("small-kl", "KL 0.01 to the base", "--kl-weight 0.01"),
-        ("rank-2", "an adapter of rank 2", "--lora-rank 2")):
-    ABLATIONS[name] = Experiment(title, 3, flags)
-ABLATIONS["narrow"] = Experiment("adapter without ff and proj", 3, "", NARROW)
+ABLATIONS = {
+    "one-step": Experiment("noise in one step", 3, "--noisy-steps 1"),
+    "textbook": Experiment("noise in 9 steps, own starting noise: as many clips", 3,
+                           "--noisy-steps 9", OWN_NOISE),
+    "textbook-minutes": Experiment("the same: as many minutes", 3,
+                                   "--noisy-steps 9 --epochs 47", OWN_NOISE),
+    "own-noise": Experiment("each clip its own starting noise", 3, "", OWN_NOISE),
+    "8x8": Experiment("8 prompts x 8 clips, 120 epochs", 3, "--prompts-per-epoch 8 --epochs 120"),
+    "no-clipping": Experiment("no clipping", 3, "--clip-range 1e7"),
+    "small-kl": Experiment("KL 0.01 to the base", 3, "--kl-weight 0.01"),
+    "narrow": Experiment("adapter without ff and proj", 3, "", NARROW),
+}
 EXPERIMENTS = ARMS | ABLATIONS
 PASSES = {"base, guidance 1": 10} | dict.fromkeys(GUIDED[1:], 20)       # of the U-Net, per clip
-PASSES |= {"base, best of 4": 40, "base, best of 16": 160} | dict.fromkeys(ARMS, 10) | {"ddpo": 20}
+PASSES |= {"base, best of 4": 40, "base, best of 16": 160} | dict.fromkeys(ARMS, 10)
 
 # ==== 3. Running them ====
 def write_rows(rows: list) -> None:
@@ -158,7 +124,8 @@ def runs_of(rows: list, name: str) -> dict:
 
 def run_one(name: str, seed: int) -> None:
     """Train and evaluate, or go on with it, and add its rows; nothing if they are there already."""
-    if seed in runs_of(read_rows(), name):
+    known = read_rows()
+    if seed in runs_of(known, name):
         return
     _, _, flags, parts = EXPERIMENTS[name]
     run = RUNS / f"{name}-{seed}"
@@ -167,7 +134,9 @@ def run_one(name: str, seed: int) -> None:
         argv = ["--resume", str(run)]
     guidance = best = ()
     if name == "ppo":
-        guidance, best = GUIDANCE, BEST_OF
+        guidance = GUIDANCE
+        best = [n for n in BEST_OF
+                if seed not in scores(known, f"base, best of {n}", "recognition")]
     with ExitStack() as stack:
         for part, replacement in parts.items():
             stack.enter_context(mock.patch.object(clap_ppo, part, replacement))
@@ -231,16 +200,6 @@ def results_table(rows: list) -> str:
     return table(["", "recognition", "judge score", "held-out reward", "diversity, recognised",
                   "U-Net passes per clip", "minutes", "mended : broken", "seeds"], lines)
 
-def seeds_table(rows: list) -> str:
-    """Recognition, seed by seed: is PPO above what is free, and above distillation, in each?"""
-    lines = []
-    for name in GUIDED + ["pull", "ppo"]:
-        values = scores(rows, name, "recognition").values()
-        if values:
-            title = EXPERIMENTS.get(name, Experiment(name, 5)).title
-            lines.append([title] + [f"{value:.2f}" for value in values])
-    return table(["seed", "0", "1", "2", "3", "4"], lines)
-
 def ablation_table(rows: list) -> str:
     """The defaults with one change each, the largest gain first; paired, seed by seed."""
     defaults, entries = scores(rows, "ppo", "recognition"), []
@@ -269,7 +228,7 @@ def fill(text: str, rows: list) -> str:
     """README text with what stands between the lines <!-- NAME --> and <!-- /NAME --> replaced."""
     log = (HERE / "demo/log.txt").read_text().splitlines()      # of most epochs nothing is shown
     log = "\n".join(["```"] + log[:3] + ["..."] + log[-4:] + ["```"])
-    parts = {"log": log, "results": results_table(rows), "seeds": seeds_table(rows),
+    parts = {"log": log, "results": results_table(rows),
              "ablations": ablation_table(rows), "bench": bench_table(rows)}
     for name, part in parts.items():
         head, begin, rest = text.partition(f"<!-- {name} -->\n")
@@ -283,7 +242,8 @@ def draw_results(rows: list) -> None:
     """Recognition and held-out reward by minutes of training: each arm, and what is free."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     best = max(GUIDED, key=lambda label: mean(scores(rows, label, "recognition")))
-    for axes, metric in zip(figure.subplots(1, 2), ("recognition", "reward")):
+    metrics = "recognition", "reward"
+    for axes, metric in zip(figure.subplots(1, 2), metrics, strict=True):
         for i, label in enumerate((GUIDED[0], best, "base, best of 4")):
             value = mean(scores(rows, label, metric))
             axes.axhline(value, color="grey", linestyle="--")
@@ -309,18 +269,20 @@ def draw_sound(axes, waveform, title: str) -> None:
     axes.set(yticks=[], xticks=[])
     axes.set_title(title, fontsize=9)
 
-def draw_method(prompt="a man whistling then lion roaring", seed: int = 1, start: int = 0) -> None:
+def draw_method(prompt="a man whistling then lion roaring", seed: int = 1) -> None:
     """One group of clips of the bundled base model, from noise to advantage: nothing is a sketch.
     The paths are the clips' latents, in the direction in which the finished ones differ most."""
-    cfg = Config()
+    cfg = Config(prompts_per_epoch=1)
     setup = clap_ppo.load_setup(cfg, [prompt], 1)
     prompt_ids, paths = torch.tensor([0]), []
-    def watched_policy(setup, rows, eta):
+
+    def watched_policy(setup, rows, eta, condition):
         paths.append(rows["latents"])
-        return policy(setup, rows, eta)
+        return policy(setup, rows, eta, condition)
+
     with mock.patch.object(clap_ppo, "policy", watched_policy):
         generator = torch.Generator().manual_seed(seed)
-        latents, _ = rollout(setup, prompt_ids, torch.tensor([start]), generator)
+        latents, _ = rollout(setup, prompt_ids, generator)
     waveforms, rewards = clap_ppo.score_clips(setup, latents, prompt_ids)
     advantages = clap_ppo.group_advantages(rewards)[0]
     order = advantages.argsort()
@@ -335,8 +297,8 @@ def draw_method(prompt="a man whistling then lion roaring", seed: int = 1, start
         label = f"{rewards[0, k]:.2f}: {advantages[k]:+.1f}"
         left.plot(heights[:, k], color=colours[k], label=label)
     left.legend(title="reward: advantage", loc="lower left", fontsize=7)
-    left.axvspan(start, start + cfg.noise_window, color="gold", alpha=0.35)
-    left.set(xlabel="denoising step (yellow: with noise; until then all clips are one)",
+    left.axvspan(0, cfg.noisy_steps, color="gold", alpha=0.35)
+    left.set(xlabel="denoising step (yellow: with noise)",
              ylabel="latents, main direction", title=f'{len(latents)} clips of "{prompt}"')
     draw_sound(axes["B"], waveforms[order[-1]], "best: made more likely")
     draw_sound(axes["W"], waveforms[order[0]], "worst: made less likely")
@@ -360,7 +322,8 @@ def draw_before_after(run: Path) -> None:
     figure = Figure(figsize=(11, 5), layout="constrained")
     panels = figure.subplots(2, 3)
     for column, row in enumerate(changed_most(run)[:3]):
-        for axes, side, title in zip(panels[:, column], ("base", "tuned"), ("before", "after")):
+        for i, (side, title) in enumerate((("base", "before"), ("tuned", "after"))):
+            axes = panels[i, column]
             waveform, _ = soundfile.read(run / row[side]["file"])
             draw_sound(axes, waveform, f"{title}: {row['prompt']}")
             verdict = "recognised by the judge"
@@ -368,11 +331,15 @@ def draw_before_after(run: Path) -> None:
                 verdict = "the judge hears: " + row[side]["heard"]
             axes.set_xlabel(verdict, fontsize=8)
     figure.savefig(HERE / "before-after.png", dpi=110)
+
+
 DEMO = """# Before and after
 Made by `python samples/experiments.py demo {run} {log}`; the run's [settings](config.json) and
-[log](log.txt). Of its held-out prompts these six changed most, to a judge that took no part in
-training; both clips are from the same noise. `listen.html`, opened from a clone, plays all.\n
+[log](log.txt). Held-out prompts, both clips from the same noise: of each kind (sounds in order,
+several at once, one) those whose judge score rose most, and last the fine-tuned clip that the judge
+likes least, a failure. `listen.html`, opened from a clone, plays all.\n
 """
+
 
 def make_demo(run: Path, log: Path, demo: Path = HERE / "demo") -> None:
     """Replaces samples/demo by an evaluated run's page, its sounds as mp3, and six named pairs."""
@@ -389,7 +356,9 @@ def make_demo(run: Path, log: Path, demo: Path = HERE / "demo") -> None:
         text = (run / name).read_text().replace(f"{clap_ppo.HERE}/", "")
         (demo / name).write_text(text.replace(".wav", ".mp3"))
     lines = []
-    for number, row in enumerate(changed_most(run)[:6], 1):
+    rows = changed_most(run)
+    failure = min(rows, key=lambda row: row["tuned"]["judge"])
+    for number, row in enumerate(rows[:5] + [failure], 1):
         cells = [row["prompt"]]
         for side, title in (("base", "before"), ("tuned", "after")):
             name = f"named/{number:02}-{row['prompt'].replace(' ', '-')}-{title}.mp3"

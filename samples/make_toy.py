@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Train the toy world of clap_ppo.py from seeds: a text-to-audio model, a reward and a judge.
 
     python samples/make_toy.py                  # everything, all in order: about 90 core minutes
@@ -384,9 +385,10 @@ def vocoder_stage(args):
     def loss_fn(step, generator, batch):
         clips = draw(generator, len(mels), batch).tolist()
         starts = draw(generator, FRAMES - frames + 1, batch).tolist()
-        mel = torch.stack([mels[c, s:s + frames] for c, s in zip(clips, starts)]).float()
+        mel = [mels[c, s:s + frames] for c, s in zip(clips, starts, strict=True)]
+        mel = torch.stack(mel).float()
         wave = to_float(np.stack([waves[c, s * HOP:(s + frames) * HOP]
-                                  for c, s in zip(clips, starts)]))
+                                  for c, s in zip(clips, starts, strict=True)]))
         return spectral_loss(vocoder(mel), wave)
 
     return train("vocoder", vocoder, loss_fn, args, steps=2500, lr=2e-3, batch=16,
@@ -413,7 +415,7 @@ def vocoded_split(args, split, n):
 # ------------------------------------------------------------------------------------------------
 
 def make_scheduler():
-    from diffusers import DDIMScheduler      # AudioLDM's settings
+    from diffusers import DDIMScheduler  # AudioLDM's settings
     return DDIMScheduler(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear",
                          clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
@@ -536,6 +538,7 @@ def make_clap(sizes):
     """
     from importlib.util import find_spec
     from unittest import mock
+
     from transformers import RobertaConfig, RobertaModel
     # `import laion_clap` fetches three tokenizers, and its constructor 500 MB of RoBERTa. So its
     # classes are imported from the package's folder, under the name that it gives them itself.
@@ -543,7 +546,8 @@ def make_clap(sizes):
     if folder not in sys.path:
         sys.path.append(folder)
     warnings.filterwarnings("ignore", message="torch.meshgrid")
-    from clap_module import htsat, model as clap_model
+    from clap_module import htsat
+    from clap_module import model as clap_model
     # While the model is made, "download RoBERTa" means "make one from its configuration".
     roberta = RobertaConfig(**sizes["roberta"])
 

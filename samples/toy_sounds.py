@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A toy world of twelve procedural sounds, the captions that name them, and prompt files.
 
     python samples/toy_sounds.py --write-prompts     # rewrites the three prompt files next to it
