@@ -65,7 +65,7 @@ def ddim_schedule(scheduler, num_steps: int) -> tuple:
         kind, found = type(scheduler).__name__, scheduler.config.get(name)
         if kind != "DDIMScheduler" or found != value:
             raise UserError(f"{kind}, {name}={found}: not DDIMScheduler, {name}={value}")
-    scheduler.set_timesteps(num_steps)  # its spacing, steps_offset, set_alpha_to_one count
+    scheduler.set_timesteps(num_steps)  # by its timestep_spacing and steps_offset
     timesteps = scheduler.timesteps.cpu().long()
     # As in diffusers, the step from t arrives at t - 1000 // T, for 1000 training steps. That is
     # not always the next element of `timesteps`: 7 steps do not divide 1000.
@@ -206,15 +206,15 @@ def ppo_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor,
 
 
 # ==== 4. Settings ====
-HERE = Path(globals().get("__file__", "clap_ppo.py")).resolve().parent  # none in notebooks
+HERE = Path(globals().get("__file__", "x")).resolve().parent    # no file in a notebook
 TOY = HERE / "samples/toy"
 # What nobody needs to turn. What one may want to turn is a field of Config, and so a flag.
 ETA = 1.0               # noise of a noisy step in units of DDPM's; with less, less is explored
 WARMUP_UPDATES = 10     # Adam's first steps have size lr in every weight, so lr rises from 0
 MAX_GRAD_NORM = 1.0     # an emergency brake: healthy norms are a hundred times smaller
-MAX_LOG_PROB_GAP = 3e-3     # of rollout and update, in nats per element; see `update`
-ROWS_AT_ONCE = 128      # that the U-Net is asked at once: as a GPU likes it, 0.01 GiB each
-EVAL_EVERY = 20         # epochs between scores of held-out prompts, and between snapshots
+MAX_LOG_PROB_GAP = 3e-3 # of rollout and update, in nats per element; see `update`
+ROWS_AT_ONCE = 128      # that the U-Net takes: a GPU wants many; 0.01 GiB each
+EVAL_EVERY = 20         # epochs from one score of held-out prompts to the next
 EVAL_CLIPS = 2          # clips of each held-out prompt, always of the same noises
 SAME = 0.1              # a reward that changed by less is neither better nor worse
 
@@ -491,7 +491,7 @@ def read_prompts(path: str) -> dict:
     if not prompts:
         raise UserError(f"prompts {path}: no prompt in it; write one a line")
     if count > len(prompts):
-        print(f"{path}: {count - len(prompts)} lines repeat others, and were left out")
+        print(f"{path}: {count - len(prompts)} lines repeat others: left out")
     return prompts
 
 
@@ -504,7 +504,7 @@ def split_prompts(cfg: Config) -> tuple:
         for same in train.keys() & held_out.keys():  # it would show memory, not skill
             raise UserError(f"{train[same]!r} is trained on and held out: remove one")
     elif len(train) >= 8:
-        every = max(4, len(train) // 50)  # a quarter, 50 at most, from all over the file
+        every = max(4, len(train) // 50)    # a quarter, 50 at most
         for same in list(train)[every - 1::every][:50]:
             held_out[same] = train.pop(same)
     return list(train.values()) + list(held_out.values()), len(train)
@@ -581,7 +581,7 @@ def adapter_state(unet) -> dict:
 def load_setup(cfg: Config, prompts: list, num_train: int, reward=None) -> Setup:
     """Everything that a run needs, loaded and checked; `reward` takes the place of CLAP's."""
     vocabulary = Path(cfg.model) / "vocabulary.txt"
-    if vocabulary.exists():                     # the bundled model's; it can spell any other word
+    if vocabulary.exists():                     # the bundled model's
         words = set(re.findall(r"\w+", " ".join(prompts).lower()))
         unknown = ", ".join(sorted(words - set(vocabulary.read_text().split())))
         if unknown:
@@ -589,12 +589,12 @@ def load_setup(cfg: Config, prompts: list, num_train: int, reward=None) -> Setup
                             f"sounds, by the words of {vocabulary}; for others, use --model")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and Path(cfg.model).resolve() != TOY / "pipeline":
-        print("warning: PyTorch finds no GPU (an old driver?); this takes days", file=sys.stderr)
+        print("warning: no GPU found (an old driver?); this takes days", file=sys.stderr)
     pipeline = load_pipeline(cfg.model, device)
     # The tokenizer of both families is RoBERTa's, which is CLAP's too; CLAP reads 77 tokens.
     tokenizer, limit = pipeline.tokenizer, min(77, pipeline.tokenizer.model_max_length)
     for prompt, ids in zip(prompts, tokenizer(prompts)["input_ids"], strict=True):
-        if len(ids) < 3 or tokenizer.unk_token_id in ids:   # offline, all may be one prompt
+        if len(ids) < 3 or tokenizer.unk_token_id in ids:   # it lost its vocabulary
             raise UserError(f"--model {cfg.model}: its tokenizer reads {prompt!r} as nothing")
         if len(ids) > limit:
             lost = tokenizer.decode(ids[limit - 1:-1])
@@ -788,7 +788,7 @@ def finish(setup: Setup, run: Path, metrics: list) -> None:
     listen = run / "clips"
     listen.mkdir(exist_ok=True)
     for side, (waveforms, _) in sides.items():
-        for i, waveform in enumerate(waveforms[::EVAL_CLIPS]):      # each prompt's first
+        for i, waveform in enumerate(waveforms[::EVAL_CLIPS]):  # each prompt's first
             soundfile.write(listen / f"{i:03}-{side}.wav", waveform.numpy(), setup.sample_rate)
     page = HERE / "samples/run.html"
     if page.exists():                           # not where the script was copied alone
@@ -837,7 +837,7 @@ def open_run(cfg: Config, run: Path, reward: Callable = None) -> tuple:
         prompts, num_train = split_prompts(cfg)
         return load_setup(cfg, prompts, num_train, reward), []
     try:
-        damaged = zipfile.ZipFile(file).testzip()       # torch itself compares no checksums
+        damaged = zipfile.ZipFile(file).testzip()   # torch compares no checksums
         state = torch.load(file, map_location="cpu", weights_only=True)
         prompts, num_train, then = state["prompts"], state["num_train"], state["fingerprint"]
         metrics, adapter, optimizer = state["metrics"], state["adapter"], state["optimizer"]
@@ -847,10 +847,9 @@ def open_run(cfg: Config, run: Path, reward: Callable = None) -> tuple:
         raise UserError(f"{file}: damaged, or of more epochs than --epochs {cfg.epochs}")
     setup = load_setup(cfg, prompts, num_train, reward)
     now = setup.fingerprint
-    if (torch.tensor(now) - torch.tensor(then)).abs().max() > 0.01:
+    other = (torch.tensor(now) - torch.tensor(then)).abs().max() > 0.01
+    if other or adapter.keys() != adapter_state(setup.unet).keys():
         raise UserError(f"{file}: of another base model or reward: {then} then, {now} now")
-    if adapter.keys() != adapter_state(setup.unet).keys():
-        raise UserError(f"{file}: its adapter is of another --model")
     set_peft_model_state_dict(setup.unet, adapter)
     setup.optimizer.load_state_dict(optimizer)
     return setup, metrics
@@ -924,11 +923,11 @@ def main(argv=None, reward: Callable = None) -> int:
     except KeyboardInterrupt:
         message, code = "stopped", 130
     except (UserError, OSError, torch.OutOfMemoryError) as error:
-        message, code = " ".join(str(error).split()), 2     # one line
+        message, code = " ".join(str(error).split()), 2
         if isinstance(error, Timeout):
             message = f"{run}: another process is at work in it"
         if isinstance(error, torch.OutOfMemoryError):
-            advice += f" with a smaller --micro-batch than {cfg.micro_batch}"
+            advice += f"; a smaller --micro-batch than {cfg.micro_batch} needs less"
         if isinstance(error, BrokenPipeError):
             sys.stdout = sys.stderr
     print(f"clap_ppo.py: {message}{advice}", file=sys.stderr)

@@ -112,7 +112,6 @@ def painter_setup(adapter_noise=0.0, **changes) -> clap_ppo.Setup:
     return setup
 
 def roll(setup):
-    """A rollout of two groups."""
     return clap_ppo.rollout(setup, torch.tensor([0, 1]), seeded(0))
 
 def replay(setup, rows: dict) -> tuple:
@@ -248,8 +247,7 @@ def naive_rollout(setup, own_noise: bool) -> tuple:
 @pytest.mark.parametrize("noisy_steps, own_noise, eta", [
     (2, False, 1.0), (1, False, 0.5), (6, False, 1.0), (2, True, 1.0), (6, True, 1.0)])
 def test_a_rollout_is_what_a_naive_loop_gives(monkeypatch, noisy_steps, own_noise, eta):
-    """Rows asked together are speed alone, and the guidance of held-out clips is none of a
-    rollout's. Each noisy step of each clip is in the table once, the last of the seven never."""
+    """Asked in chunks, unguided. Each noisy step of each clip is a row; the last step never is."""
     monkeypatch.setattr(clap_ppo, "ETA", eta)
     monkeypatch.setattr(clap_ppo, "ROWS_AT_ONCE", 3)
     if own_noise:
@@ -369,10 +367,11 @@ def test_two_threads_give_the_same_bytes_every_time(request):
     torch.set_num_threads(2)
     found = set()
     for _ in range(20):
-        setup = painter_setup(0.2, seconds=256, clips_per_prompt=8, micro_batch=64)
+        setup = painter_setup(0.2, seconds=256, clips_per_prompt=8, micro_batch=64,
+                              updates_per_epoch=1, learning_rate=100.0)    # the last bits count
         update_once(setup, roll(setup)[1])
         found.add(safetensors.torch.save(clap_ppo.adapter_state(setup.unet)))
-    assert len(found) == 1 and 16 * math.prod(setup.latent_shape) > 32_768    # 16 rows an update
+    assert len(found) == 1 and 32 * math.prod(setup.latent_shape) > 32_768      # 32 rows
 
 # ==== 3. The reward ==============================================================================
 def tone(hz: float, sample_rate: int, seconds: float = 2.0) -> torch.Tensor:
@@ -805,7 +804,7 @@ def test_a_file_is_the_old_or_the_new_one_and_a_full_disk_leaves_nothing(tmp_pat
 @pytest.mark.parametrize("change, complaint", [
     (b"", "cannot go on"), (b"half a checkp", "cannot go on"), ({"a": 1}, "cannot go on"),
     ({"gift": Malice("pwned")}, "cannot go on"), ("rank", "another base model"),
-    ("layers", "adapter is of another --model"), ("byte", "damaged")], ids=str)
+    ("layers", "another base model"), ("byte", "damaged")], ids=str)
 def test_a_run_that_does_not_fit_is_left_alone(
         finished_run, tmp_path, capsys, monkeypatch, change, complaint):
     monkeypatch.chdir(tmp_path)
@@ -980,7 +979,8 @@ def test_a_single_prompt_trains_in_an_empty_folder_and_is_played_itself(tmp_path
     out = capsys.readouterr().out
     assert '"prompts": ["snoring"]' in (tmp_path / "run/index.html").read_text()
     assert "1 training, 0 held-out prompts" in out and "\ntraining prompts, original" in out
-    assert re.search(r"training prompts \(n = 2\)\n.*\nreward( +-?\d\.\d{3}){4}\n", out)
+    assert re.search(r"training prompts \(n = 2\); recognition by chance: 1.000\n.*\n"
+                     r"reward( +-?\d\.\d{3}){4}\n(.*\n)*recognition( +-){4}\n", out)
     assert "Training prompts, by " in (tmp_path / "run/data.js").read_text()
 
 def test_what_clap_does_not_read_of_a_prompt_is_said_before_the_run(monkeypatch, capsys):
@@ -1115,10 +1115,10 @@ def test_the_script_and_requirements_name_the_same_packages():
     assert {re.match(r"\w+", line)[0] for line in others} <= {"pytest", "scipy"}
 
 def test_documented_code_works(prompt_file, finished_run, tmp_path, monkeypatch, capsys):
-    commands = re.findall(r"^\s*(python clap_ppo\.py\b(?:.*\\\n)*.*)$", README + clap_ppo.__doc__,
-                          flags=re.M)
+    commands = re.findall(r"^\s*(?:python|uv run) clap_ppo\.py\b((?:.*\\\n)*.*)$",
+                          README + clap_ppo.__doc__, flags=re.M)
     for command in commands:
-        arguments = shlex.split(command.replace("\\\n", " "), comments=True)[2:]
+        arguments = shlex.split(command.replace("\\\n", " "), comments=True)
         assert "--resume" in arguments or clap_ppo.parse_args(arguments)
     stock, step, loud = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     stock = stock.replace("samples/toy", str(TOY)).replace("runs/seed-0", str(finished_run.folder))
@@ -1127,7 +1127,8 @@ def test_documented_code_works(prompt_file, finished_run, tmp_path, monkeypatch,
     loud = loud.replace('"--epochs", "5"', budget).replace("sqrt()", "sqrt() + 100")
     monkeypatch.chdir(tmp_path)
     for code, shown in ((step, r"tensor\(\[-?\d.*\]\)"), (loud, "reward 100"), (stock, "40960")):
-        exec(code, {})
+        with contextlib.suppress(SystemExit):
+            exec(code, {})
         assert re.search(shown, capsys.readouterr().out)
 
 def test_the_generated_tables_of_the_readme_are_current():
@@ -1430,7 +1431,6 @@ def test_real_architectures_run_from_their_folders(
     clap = save_as_official(tmp_path / "clap.pt", model, {})
     monkeypatch.setattr("huggingface_hub.hf_hub_download", None)
     monkeypatch.setattr(clap_ppo, "WARMUP_UPDATES", 1)
-    monkeypatch.setattr(clap_ppo, "EVAL_CLIPS", 1)
     flags = ["--prompts", prompt_file, "--model", narrow(family), "--clap", clap, *TINY,
              "--dtype", dtype, "--learning-rate", 0.02, "--clip-range", 0.16, "--epochs", 2]
     assert run_main(capsys, *flags, "--out", tmp_path / "run")[0] == 0
