@@ -888,15 +888,16 @@ def parse_args(argv=None) -> tuple:
         if Path(given.get("model", Config.model)).resolve() != TOY / "pipeline":
             given = REAL_MODEL | given      # that path: however it is written
         cfg = Config(**given)
+        check_settings(cfg)
     else:
         try:
             fixed = given.keys() - {"epochs", "micro_batch", "model", "clap"}
             if fixed:
                 raise ValueError(f"{' and '.join(sorted(fixed))} cannot change in mid-run")
             cfg = Config(**json.loads((run / "config.json").read_text()) | given)
+            check_settings(cfg)
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"--resume {run}: not a run that can go on so: {error}") from error
-    check_settings(cfg)
     return cfg, run
 
 
