@@ -20,15 +20,15 @@ networks trained to embed a sound and its caption alike, says how well they matc
     STEP 6  log and checkpoint; every few epochs, score plain DDIM clips of held-out prompts
 
 Part I is the method, Part II what it needs. Notation: latents = x_t (B, C, H, W), alpha_bar_t = the
-cumulative product of DDPM (DDIM's paper writes alpha_t), P prompts, K clips per prompt, B = P * K,
+share of signal in x_t's power (DDIM's paper: alpha_t), P prompts, K clips per prompt, B = P * K,
 T steps, R rows of the table, D = C * H * W elements. References: DDIM, Song et al. 2021 (arXiv
 2010.02502). DDPO, Black et al. 2023 (2305.13301). PPO, Schulman et al. 2017 (1707.06347). CLAP, Wu
-et al. 2023 (2211.06687). Noise in few steps: MixGRPO (2507.21802); shared: DanceGRPO (2505.07818).
+et al. 2023 (2211.06687). Noise in few steps: MixGRPO (2507.21802). One x_T a prompt: DanceGRPO
+(2505.07818). Guidance: sampling with and without the prompt, and exaggerating the difference.
 """
 
 import argparse
 import dataclasses
-import inspect
 import io
 import json
 import math
@@ -36,7 +36,6 @@ import re
 import sys
 import time
 import warnings
-import zipfile
 from functools import partial
 from pathlib import Path
 from typing import Callable
@@ -60,7 +59,7 @@ def ddim_schedule(scheduler, num_steps: int) -> tuple:
     """
     # What the functions below do not compute would make them wrong by 10 % and more, unnoticed.
     computed = {"prediction_type": "epsilon", "clip_sample": False, "thresholding": False,
-                "rescale_betas_zero_snr": False}        # it has alpha_bar 0
+                "rescale_betas_zero_snr": False}        # with it, alpha_bar_T is 0
     for name, value in computed.items():
         kind, found = type(scheduler).__name__, scheduler.config.get(name)
         if kind != "DDIMScheduler" or found != value:
@@ -92,9 +91,9 @@ def ddim_mean(noise_pred: Tensor, latents: Tensor, alpha_bar_t: Tensor, alpha_ba
 
     noise_pred, latents (B, C, H, W); the others tensors, scalar or (B, 1, 1, 1).
     """
-    # Whatever the network ran in, this is float32: rounding x_t to bfloat16 moves the ratio by 6e-4
-    # at the last trained step (2e-5 at early ones), and PPO clips at 1e-4.
-    eps, x_t = noise_pred.float(), latents.float()
+    # Whatever the network ran in, this is float32: rounding x_t to bfloat16 moves AudioLDM's ratio
+    # by 6e-4 at the last trained step (2e-5 at early ones), and PPO clips it at 1e-4.
+    eps, x_t = noise_pred.float(), latents.float()      # eps: the noise in x_t, as predicted
     # x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, solved for x_0
     x_0 = (x_t - (1 - alpha_bar_t).sqrt() * eps) / alpha_bar_t.sqrt()
     # mean = sqrt(abar_prev) x_0 + sqrt(1 - abar_prev - sigma^2) eps: less noise than in x_t, in its
@@ -110,7 +109,7 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
     >>> gaussian_log_prob(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor(1.0))
     tensor([-0.9189])
     """
-    if not (sigma > 0).all():  # what plain DDIM does has no density, only certainty
+    if not (sigma > 0).all():  # plain DDIM is deterministic: it has no density
         raise UserError("sigma is 0 (eta 0, or the last step with set_alpha_to_one)")
     # log N = -(x - mean)^2 / (2 sigma^2) - log sigma - log(2 pi) / 2, for each element
     log_prob = -(x - mean) ** 2 / (2 * sigma ** 2) - sigma.log() - 0.5 * math.log(2 * math.pi)
@@ -129,10 +128,7 @@ def gaussian_kl(mean: Tensor, mean_base: Tensor, sigma: Tensor) -> Tensor:
 # ==== 2. The reward: how well a sound matches its prompt under CLAP ====
 @torch.no_grad()
 def clap_reward(clap, waveforms: Tensor, sample_rate: int, prompts: list) -> Tensor:
-    """Cosine (N,) of waveforms (N, samples), floats in [-1, 1], and N prompts, on the CPU.
-
-    clap: of `load_clap` in Part II.
-    """
+    """Cosine (N,) of waveforms (N, samples), floats in [-1, 1], and N prompts, on the CPU."""
     import torchaudio
     # (samples,) would be taken for clips of one sample, and int16 is 30,000 times too loud. At the
     # wrong rate, 16 for 16 kHz or 16000 left as it is, CLAP answers without complaint, and wrongly.
@@ -199,7 +195,8 @@ def ppo_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor,
     loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
     with torch.no_grad():
         # KL(old, new) = E_old[-log ratio]; adding ratio - 1, whose mean is 0, makes every term
-        # non-negative (joschu.net/blog/kl-approx.html). expm1 keeps the 5e-9 of log-ratio 1e-4.
+        # non-negative (joschu.net/blog/kl-approx.html); with log-probs per element it is the KL of
+        # an action over D^2, a measure of movement. expm1 keeps the 5e-9 of a log-ratio of 1e-4.
         approx_kl = (torch.expm1(log_ratio) - log_ratio).mean()
         clip_fraction = ((ratio - 1).abs() > clip_range).float().mean()
     return loss, {"approx_kl": approx_kl, "clip_fraction": clip_fraction}
@@ -213,10 +210,9 @@ ETA = 1.0               # noise of a noisy step in units of DDPM's; with less, l
 WARMUP_UPDATES = 10     # Adam's first steps have size lr in every weight, so lr rises from 0
 MAX_GRAD_NORM = 1.0     # an emergency brake: healthy norms are a hundred times smaller
 MAX_LOG_PROB_GAP = 3e-3 # of rollout and update, in nats per element; see `update`
-ROWS_AT_ONCE = 128      # that the U-Net takes: a GPU wants many; 0.01 GiB each
+ROWS_AT_ONCE = 128      # per U-Net call: more is faster on a GPU; 0.01 GiB each
 EVAL_EVERY = 20         # epochs from one score of held-out prompts to the next
 EVAL_CLIPS = 2          # clips of each held-out prompt, always of the same noises
-SAME = 0.1              # a reward that changed by less is neither better nor worse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,12 +233,12 @@ class Config:
     updates_per_epoch: int = 4      # optimiser steps, each on its share of the rows
     learning_rate: float = 4e-3     # Adam's
     # An epoch may change the probability of an action, all its D elements together, by a factor of
-    # about e^1.6 = 5. In nats. Usual: 0.2 to 16; 1.6 is DDPO's.
+    # about e^1.6 = 5: beyond it an action pulls no further. In nats; usual: 0.2 to 16.
     clip_range: float = 1.6
     kl_weight: float = 0.0          # pulls back to the base model; usual: 0 to 0.1
     lora_rank: int = 8              # rank of the adapter's weight updates
     micro_batch: int = 128          # rows per gradient pass: memory and speed, never the result
-    dtype: str = "auto"             # of the U-Net: float32, bfloat16; auto: as the GPU has it
+    dtype: str = "auto"             # of the U-Net: float32, bfloat16; auto: what the GPU has
     seed: int = 0                   # of everything random
 
 
@@ -258,8 +254,8 @@ class Setup:
     cfg: Config
     prompts: list          # training prompts, then held-out ones; a prompt's id is its place
     num_train: int         # how many of them are training prompts
-    condition: dict        # how the U-Net hears them: keyword tensors of a row per prompt
-    empty_condition: dict  # how it hears the empty prompt, in the same shapes, for guidance
+    condition: dict        # their embeddings: the U-Net's keyword tensors, a row per prompt
+    empty_condition: dict  # those of the empty prompt, in the same shapes, for guidance
     pipeline: object       # the stock diffusers pipeline, whose VAE and vocoder decode
     reward: Callable       # (waveforms (N, samples), sample_rate, prompts) -> (N,)
     unet: nn.Module        # the policy: the pipeline's U-Net with an adapter (LoRA)
@@ -314,7 +310,7 @@ def choose_prompts(setup: Setup, generator: Generator) -> Tensor:
 
 def starting_latents(setup: Setup, generator: Generator) -> Tensor:
     """x_T (B, C, H, W): one for each prompt, the same for its K clips."""
-    # In DDPO each clip has its own, and its luck enters the advantage.
+    # In DDPO each clip has its own, and the luck of x_T enters the advantage.
     latents = randn(setup, setup.cfg.prompts_per_epoch, generator)
     return latents.repeat_interleave(setup.cfg.clips_per_prompt, dim=0)
 
@@ -337,9 +333,9 @@ def rollout(setup: Setup, prompt_ids: Tensor, generator: Generator) -> tuple:
         rows = {"latents": latents, "step": torch.full_like(clip_ids, step),
                 "prompt_id": prompt_ids, "clip_id": clip_ids}
         if step < cfg.noisy_steps:
-            # The action is drawn here: the mean, plus noise. In DDPO every step is one, and guided,
-            # at twice the cost; here it is the early ones, which decide what will be heard, and
-            # never the last, whose noise is so small that its log-prob says nothing.
+            # The action is drawn here: the mean, plus noise. In DDPO every step is an action, and
+            # guided, at twice the cost. Here the early ones are, which decide what will be heard;
+            # never the last, whose noise is so small that its log-prob is mostly rounding.
             mean, sigma = policy(setup, rows, ETA, setup.condition)
             latents = mean + sigma * randn(setup, len(mean), generator)
             rows["next_latents"] = latents
@@ -359,8 +355,9 @@ def rollout(setup: Setup, prompt_ids: Tensor, generator: Generator) -> tuple:
 def optimizer_step(setup: Setup, number: int) -> float:
     """Update `number` of the run, from 0, on the gradients that have added up; their norm."""
     cfg, optimizer = setup.cfg, setup.optimizer
-    # The rate rises while Adam's averages are young, then falls to 0, or CLAP's noise is learned.
-    left, group = 1 - number / (cfg.epochs * cfg.updates_per_epoch), optimizer.param_groups[0]
+    # The rate rises while Adam's averages are young, then falls: late gradients are mostly noise.
+    group = optimizer.param_groups[0]
+    left = 1 - number / (cfg.epochs * cfg.updates_per_epoch)
     group["lr"] = cfg.learning_rate * min((number + 1) / WARMUP_UPDATES, left)
     norm = nn.utils.clip_grad_norm_(group["params"], MAX_GRAD_NORM).item()
     if not math.isfinite(norm):         # one NaN in Adam's state would stay there
@@ -380,7 +377,7 @@ def update(setup: Setup, rows: dict, epoch: int, generator: Generator) -> dict:
     # Pass 1: log-probs under the old policy, without gradient. The weights are still those of the
     # rollout, and the micro-batches already those of pass 2, so that the ratio is exactly 1 at the
     # first update. The rollout's own log-probs (DDPO takes them) would not do: they are from other
-    # batches, for which a GPU has other kernels, with rounding as large as the clip range.
+    # batches, for which a GPU has other kernels, whose rounding can exceed the clip range.
     rows["old_log_prob"] = torch.empty_like(rows["log_prob"])
     with torch.no_grad():
         for minibatch in minibatches:
@@ -391,7 +388,7 @@ def update(setup: Setup, rows: dict, epoch: int, generator: Generator) -> dict:
     gap = (rows["old_log_prob"] - rows["log_prob"]).square().mean().sqrt().item()
     # The cheapest bug detector there is: the same actions, asked twice under the same weights.
     # On a CPU the gap is below 1e-6, with a GPU's bfloat16 1e-4 to 2e-3; bugs give 4e-3 and more.
-    if not gap <= MAX_LOG_PROB_GAP:     # NaN is not
+    if not gap <= MAX_LOG_PROB_GAP:     # NaN fails, too
         raise UserError(f"log_prob_gap {gap:.1e}, limit {MAX_LOG_PROB_GAP}: update and rollout "
                         "disagree about the same actions. Usual causes: dropout (not in eval "
                         "mode), another timestep, another row's prompt, moved weights")
@@ -430,7 +427,7 @@ def train(setup: Setup, run: Path, metrics: list) -> None:
         generator = Generator().manual_seed(cfg.seed * 1_000_003 + epoch)
         prompt_ids = choose_prompts(setup, generator)                           # STEP 1
         latents, rows = rollout(setup, prompt_ids, generator)                   # STEP 2
-        _, rewards = score_clips(setup, latents, prompt_ids)                    # STEP 3
+        _, rewards = score_clips(setup, latents, prompt_ids)                    # STEP 3, (P, K)
         advantages = group_advantages(rewards)                                  # STEP 4
         # The reward comes at the end, for a whole clip: all its noisy steps share the advantage.
         rows["advantage"] = advantages.flatten().to(setup.device)[rows["clip_id"]]
@@ -515,7 +512,7 @@ def cause(error: BaseException) -> str:
     """What an error began with, in one line: libraries wrap it in guesses of their own."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def load_pipeline(model: str, device="cpu"):
@@ -767,6 +764,9 @@ def score_held_out(setup: Setup, clips: int = EVAL_CLIPS, seed: int = 999) -> tu
     return score_clips(setup, rows["latents"], eval_ids)
 
 
+SAME = 0.1      # a prompt whose reward changed by less is neither better nor worse
+
+
 def finish(setup: Setup, run: Path, metrics: list) -> None:
     """Writes the adapter, before/after clips and a page that plays them; prints what was gained."""
     import soundfile
@@ -831,6 +831,8 @@ def save_checkpoint(setup: Setup, run: Path, metrics: list) -> None:
 
 def open_run(cfg: Config, run: Path, reward: Callable = None) -> tuple:
     """A run's Setup as its last finished epoch left it, and its metrics, a row per epoch."""
+    import zipfile
+
     from peft import set_peft_model_state_dict
     file = run / "checkpoint.pt"
     if not file.exists():
@@ -864,7 +866,7 @@ def check_settings(cfg: Config) -> None:
     for field in dataclasses.fields(cfg):
         name, value = field.name, getattr(cfg, field.name)
         low, high = limits.get(name, (1e-9, 1e9))
-        if field.type is not str and not low <= value <= high:  # NaN is not, either
+        if field.type is not str and not low <= value <= high:  # NaN fails, too
             raise UserError(f"--{name.replace('_', '-')} {value}: use {low:g} to {high:g}")
 
 
@@ -880,6 +882,7 @@ def parse_args(argv=None) -> tuple:
         parser.add_argument(flag, type=field.type, choices=choices)
     given = vars(parser.parse_args(argv))
     if "help" in given:
+        import inspect
         print(inspect.getsource(Config), "\nWith a real --model these begin at", REAL_MODEL,
               "\n--resume RUN goes on with the run in that folder.")
         raise SystemExit
@@ -936,4 +939,5 @@ def main(argv=None, reward: Callable = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")    # a console may lack the letters of a path
     sys.exit(main())
