@@ -936,7 +936,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(bad, monkeypatch, capsys, flags
 
 def test_a_prompt_may_have_marks_and_what_sounds_alike_is_one(tmp_path, capsys):
     accepted = ["[SFX] a dog barks", "wind,rain", 'a man says,"hello"', "{adjective} dog",
-                "#1 hit song", "2,000 birds", "a piano in C", "a piano in C#", "a kid", '"a" or "b"']
+                "#1 hit song", "2,000 birds", "a piano in C", "a piano in C#", "a kid", '"a" b']
     lines = ["\ufeffsnoring", "# a note", "#", "## more", *accepted, "Snoring!", "  SNORING. ",
              "water\u2028flows", "rain\0  falls", ""]
     (tmp_path / "mine.txt").write_text("\r\n".join(lines), encoding="utf-8")
