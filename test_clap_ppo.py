@@ -1,12 +1,10 @@
 """Chapter two: what `clap_ppo.py` claims, tried out. Read it after the script, from top to bottom.
 
     pytest test_clap_ppo.py                 # nearly everything, under four minutes on two cores
-    pytest test_clap_ppo.py -k clipping     # one chapter, by a word in its tests' names
     pytest test_clap_ppo.py -m slow         # full-size CLAP, a killed process
 
-A claim about a sampler, a loss or a reward is worth what an independent reference says of it: here
-diffusers' own DDIM step, torch.distributions, a pipeline that has never heard of this script. Where
-the argument needs any model, it is `Painter`, a network of one matrix; else it is the bundled toy.
+A claim is worth what an independent reference says of it: here diffusers' own DDIM step,
+torch.distributions, a stock pipeline. Any model will do: `Painter`, one matrix; else the toy.
 """
 
 import argparse
@@ -66,8 +64,7 @@ def make_scheduler(**changes):
     return DDIMScheduler(**audioldm | changes)
 
 class Painter(nn.Module):
-    """The exact noise prediction for data that is N(0, I), sqrt(1 - alpha_bar_t) x_t, plus a shift
-    that depends on the prompt. `to_q` is the name that LoRA looks for."""
+    """Exact noise prediction for N(0, I) data, plus a shift by prompt. LoRA looks for `to_q`."""
     device = torch.device("cpu")
     def __init__(self, prompts: int, shape: tuple):
         super().__init__()
@@ -92,8 +89,7 @@ def trainable(unet) -> list:
     return [weight for weight in unet.parameters() if weight.requires_grad]
 
 def painter_setup(adapter_noise=0.0, **changes) -> clap_ppo.Setup:
-    """Prompts "up" and "down" like large and small latents, (2, 2, 4) for each second of a clip.
-    `adapter_noise` moves the adapter. Plain SGD: a step is in proportion to the gradient."""
+    """Prompts "up" and "down" like large and small latents, (2, 2, 4) a second. Plain SGD."""
     defaults = {"num_steps": 10, "eval_guidance": 1.0, "seconds": 1.0, "lora_rank": 4}
     cfg = config(**defaults | changes)
     vocoder = dict(upsample_rates=[80, 100], sampling_rate=16000, model_in_dim=4)   # two frames / s
@@ -265,8 +261,7 @@ def test_a_rollout_is_what_a_naive_loop_gives(monkeypatch, noisy_steps, own_nois
 
 # ==== 2. Replaying a trajectory gives ratio 1 ====================================================
 def test_the_micro_batch_does_not_cut_what_needs_no_gradient(learner, tmp_path):
-    """A GPU takes as long for 8 rows as for 128. At a real model's settings old and new log-probs
-    are 64 calls of the U-Net each, in the same micro-batches; the rollout is 20."""
+    """20 calls of the U-Net in the rollout, in the same 64 micro-batches old and new log-probs."""
     setup = learner(epochs=1, prompts_per_epoch=16, num_steps=20, noisy_steps=4, micro_batch=8)
     calls = Counter()
     setup.unet.base_model.model.register_forward_pre_hook(
@@ -291,8 +286,7 @@ def update_once(setup, rows, advantages=None, epoch=0):
     return clap_ppo.update(setup, {**rows, "advantage": advantages}, epoch, seeded(0))
 
 def on_a_gpu(setup, error: float, dtype="float32"):
-    """A copy of `setup` on an emulated GPU, whose kernels depend on the batch's shape and a row's
-    place: the U-Net's output is off by `error` of it. In TF32 and bfloat16 that is 1 %."""
+    """A copy of `setup` on an emulated GPU: its output depends on the batch, by `error` of it."""
     cfg = dataclasses.replace(setup.cfg, num_steps=10, noisy_steps=3, micro_batch=5)
     timesteps, alpha_bar_t, alpha_bar_prev = clap_ppo.ddim_schedule(make_scheduler(), 10)
     unet = copy.deepcopy(setup.unet)
@@ -602,8 +596,7 @@ def test_every_few_epochs_weights_are_kept_and_clips_scored(learner, tmp_path, m
     assert metrics[3]["reward_mean"] == (metrics[2]["reward"] + metrics[3]["reward"]) / 2
 
 def test_what_is_logged_are_means_over_rows(learner, tmp_path, monkeypatch):
-    """Recomputed from what the parts gave, where no count divides the next: 30 rows, 4 updates,
-    micro-batches of 3 rows, 2 or 1. A mean of means would be another number."""
+    """Recomputed where no count divides the next: a mean of means would be another number."""
     setup = learner(epochs=1, prompts_per_epoch=3, clips_per_prompt=5, updates_per_epoch=4,
                     micro_batch=3, clip_range=0.2, seed=1)
     kept, metrics = {"ppo_loss": [], "optimizer_step": [], "score_clips": []}, []
@@ -742,8 +735,7 @@ def cut(function: str, call: int, file=None):
         yield
 
 def test_a_run_cut_anywhere_resumes_to_the_same_bytes(run_flags, finished_run, tmp_path, capsys):
-    """Ctrl-C in the first epoch, before there is any checkpoint; in the second; after the second,
-    when metrics.jsonl tells of it but the checkpoint does not; when only the clips are missing."""
+    """Before there is a checkpoint, between metrics.jsonl and it, when only clips are missing."""
     run, log = tmp_path / "run", tmp_path / "run/metrics.jsonl"
     flags = [*run_flags, "--out", run]
     for place, epochs in ((["update", 1], 0), (["update", 2], 1),
@@ -773,8 +765,7 @@ def test_a_killed_process_resumes_to_the_same_bytes(run_flags, finished_run, tmp
     assert results(tmp_path / "run") == results(finished_run.folder)
 
 def test_a_finished_run_goes_on_elsewhere_or_is_finished_again(finished_run, tmp_path, capsys):
-    """Its prompts are in the checkpoint; model and CLAP may be given anew, all else stays as it
-    was. It trains where a notebook has gradients off, and leaves that and its random numbers."""
+    """Model and CLAP may be given anew. A caller's grad mode and random numbers are kept."""
     run = copy_run(finished_run.folder, tmp_path, prompts="gone", model="/gone", clap="/gone/clap")
     saved, state = json.loads((run / "config.json").read_text()), torch.get_rng_state()
     flags = ["--resume", run, "--epochs", 4]
@@ -984,8 +975,7 @@ def test_a_single_prompt_trains_in_an_empty_folder_and_is_played_itself(tmp_path
     assert "Training prompts, by " in (tmp_path / "run/data.js").read_text()
 
 def test_what_clap_does_not_read_of_a_prompt_is_said_before_the_run(monkeypatch, capsys):
-    """CLAP reads 77 tokens, of which 75 are words, also where the model's tokenizer takes 512. One
-    that has lost its vocabulary, to which all prompts are alike, is refused."""
+    """CLAP reads 77 tokens, 75 of them words. A tokenizer without vocabulary is refused."""
     from transformers import RobertaTokenizer
     long = "water flows then wind blowing then snoring then birds chirp then " * 8 + "whistling"
     pipeline = clap_ppo.load_pipeline(str(TOY / "pipeline"))
@@ -1159,9 +1149,8 @@ def test_diversity_loudness_and_broken_clips_mean_what_they_say():
     assert found["loudness"][0].item() == pytest.approx(-20, abs=1e-3)
 
 def test_a_judge_that_always_hears_the_prompt_has_a_recognition_of_one():
-    """One that always hears the next prompt has 0. What training did to single clips is counted:
-    mended, broken, and who wins where one is right. Clips of a prompt are alike: where two of four
-    prompts are mended and two broken, nothing is known, however many clips there are."""
+    """One that always hears the next prompt has 0. Where two of four prompts are mended and two
+    broken, nothing is known, however many clips there are: those of a prompt are alike."""
     ear = torch.eye(4)[:, None].repeat(1, 2, 1)
     deaf = ear.roll(1, dims=2)
     half = torch.cat([ear[:, :1], deaf[:, :1]], dim=1)
@@ -1294,9 +1283,8 @@ def test_a_blind_test_hides_sides_and_anchors_and_one_clip_plays_at_a_time(page)
     check_one_plays_at_a_time(page)
 
 def test_the_blind_test_by_keyboard_and_its_rates(page, tmp_path, capsys):
-    """This listener recognises tuned clips only and prefers them, but for one. No answer counts
-    before all of its question was played; a slip of the finger is taken back; a reload loses
-    nothing. Pooling finds the rates shown, and leaves out a listener who got an anchor wrong."""
+    """This listener recognises tuned clips only and prefers them, but for one. A slip of the finger
+    is taken back; a reload loses nothing; who got an anchor wrong is left out of the pool."""
     page.locator("#to-blind").press("Enter")
     for must_be_told in ("#device", "#room"):
         page.locator("#start button").press("Enter")
@@ -1351,6 +1339,18 @@ def test_the_blind_test_by_keyboard_and_its_rates(page, tmp_path, capsys):
 # ==== 11. Real models: the official formats, full-size CLAP, random weights ======================
 SMALL = bench.LEVELS | dict(block_out_channels=[8, 16, 24, 40], layers_per_block=1,
                             attention_head_dim=4, norm_num_groups=8)
+@pytest.mark.parametrize("preset", ["audioldm", "audioldm2"])
+def test_the_benchmark_times_an_epoch_of_each_real_model(preset, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "LEVELS", SMALL)
+    monkeypatch.setattr(bench, "HEADS", dict.fromkeys(bench.HEADS, 4))
+    monkeypatch.setattr(bench, "VAE", dict(block_out_channels=[32, 32, 32], layers_per_block=1))
+    monkeypatch.setattr(bench, "VOCODER", dict(upsample_initial_channel=64))
+    bench.main(["--preset", preset, "--micro-batches", "2", "--", *TINY, "--seconds", "0.64"])
+    names, seconds = zip(*re.findall(r"([\w-]+) ([\d.]+) s", capsys.readouterr().out), strict=True)
+    total, *parts = [float(value) for value in seconds]
+    assert names == ("epoch", "U-Net", "VAE", "vocoder", "CLAP", "gradient") and min(parts) > 0
+    assert 0.5 * total < sum(parts) <= total + 0.05
+
 def small_audioldm(toy):
     """AudioLDM's architecture, but narrow; text encoder, VAE and vocoder are the toy's."""
     from diffusers import UNet2DConditionModel
