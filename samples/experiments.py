@@ -85,8 +85,6 @@ ABLATIONS = {
     "one-step": Experiment("noise in one step", 3, "--noisy-steps 1"),
     "textbook": Experiment("noise in 9 steps, own starting noise: as many clips", 3,
                            "--noisy-steps 9", OWN_NOISE),
-    "textbook-minutes": Experiment("the same: as many minutes", 3,
-                                   "--noisy-steps 9 --epochs 47", OWN_NOISE),
     "own-noise": Experiment("each clip its own starting noise", 3, "", OWN_NOISE),
     "8x8": Experiment("8 prompts x 8 clips, 120 epochs", 3, "--prompts-per-epoch 8 --epochs 120"),
     "no-clipping": Experiment("no clipping", 3, "--clip-range 1e7"),
