@@ -46,7 +46,7 @@ from clap_ppo import UserError
 HERE = Path(__file__).resolve().parent
 TOY = HERE / "samples/toy"
 README = (HERE / "README.md").read_text()
-sys.path.insert(0, str(HERE / "samples"))
+sys.path[:0] = [str(HERE / "samples"), str(TOY)]
 import bench, evaluate, experiments, make_toy  # noqa: E401, I001
 
 TINY = ["--prompts-per-epoch", "2", "--clips-per-prompt", "4", "--num-steps", "5", "--epochs", "3",
