@@ -19,10 +19,12 @@ import json
 import math
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 import zipfile
 from collections import Counter
@@ -47,7 +49,7 @@ HERE = Path(__file__).resolve().parent
 TOY = HERE / "samples/toy"
 README = (HERE / "README.md").read_text()
 sys.path[:0] = [str(HERE / "samples"), str(TOY)]
-import bench, evaluate, experiments, make_toy  # noqa: E401, I001
+import bench, evaluate, experiments, make_toy, pictures, toy_sounds  # noqa: E401, I001
 
 TINY = ["--prompts-per-epoch", "2", "--clips-per-prompt", "4", "--num-steps", "5", "--epochs", "3",
         "--updates-per-epoch", "2", "--noisy-steps", "2", "--seconds", "2.56",
@@ -275,8 +277,8 @@ def test_prompts_repeat_only_if_there_are_too_few_and_held_out_ones_are_never_dr
     setup.prompts.append("held out")
     drawn = [clap_ppo.choose_prompts(setup, seeded(seed)).tolist() for seed in range(20)]
     assert [0, 1] in drawn and [1, 0] in drawn and all(len(set(ids)) == 2 for ids in drawn)
-    setup.cfg = dataclasses.replace(setup.cfg, prompts_per_epoch=4)
-    assert sorted(clap_ppo.choose_prompts(setup, seeded(0)).tolist()) == [0, 0, 1, 1]
+    setup.cfg, setup.num_train = dataclasses.replace(setup.cfg, prompts_per_epoch=4), 3
+    assert set(clap_ppo.choose_prompts(setup, seeded(0)).tolist()) == {0, 1, 2}
 
 def update_once(setup, rows, advantages=None, epoch=0):
     """An update, by default with advantages that rise from -1 to 1 from clip to clip."""
@@ -1104,12 +1106,80 @@ def test_the_script_and_requirements_name_the_same_packages():
     others = lines.symmetric_difference(metadata["dependencies"])       # of tests and samples
     assert {re.match(r"\w+", line)[0] for line in others} <= {"pytest", "scipy"}
 
+FEW = [*TINY, "--epochs", "1", "--eval-prompts", "few.txt"]
+MADE_SMALL = {                  # a documented command: what makes it small
+    "clap_ppo.py --prompts": [*FEW, "--clap", "samples/toy/clap.pt"], "clap_ppo.py --resume": [],
+    "samples/evaluate.py runs": ["--noises", "1"], "samples/evaluate.py --pool": [],
+    "samples/bench.py": ["--", *TINY], "samples/experiments.py": [], "samples/pictures.py": [],
+    "samples/toy/toy_sounds.py": []}
+ELSEWHERE = (                   # or who runs it
+    "git clone", "pip install", "pytest",               # .ci/run
+    "PYTHONPATH=",                                      # test_documented_code_works
+    "python samples/bench.py --preset",                 # test_the_benchmark_times_...
+    "python samples/toy/make_toy.py")                   # test_all_stages_of_the_toy_run_...
+
+def documented_calls() -> list:
+    """What README, docstrings and demo tell to run with Python, from the script's name on."""
+    texts = [README]
+    for script in [*HERE.glob("*.py"), *HERE.glob("samples/**/*.py")]:
+        texts.append(ast.get_docstring(ast.parse(script.read_text())))
+    texts.append((HERE / "samples/demo/README.md").read_text())
+    start, commands = r"(?:PYTHONPATH=\S+ )?(?:python|uv run|pytest|pip|git)\s", []
+    for text in texts:
+        commands += re.findall(rf"^ *({start}[^`#\n]*)", text.replace("\\\n", " "), flags=re.M)
+        spans = re.sub("```.*?```", "", text, flags=re.S)
+        commands += re.findall(rf"`({start}[^`]*)`", spans)
+    calls = [re.search(r"\S+\.py\b.*", " ".join(command.split()))[0] for command in commands
+             if not command.startswith(ELSEWHERE)]
+    return list(dict.fromkeys(calls))                   # `uv run` and `python` alike
+
+def test_documented_commands_work_where_a_clone_has_them(narrow, tmp_path, monkeypatch, capsys):
+    """In the order of the documents. A narrow model and few prompts stand for real ones."""
+    for name in ("clap_ppo.py", "README.md"):
+        shutil.copy(HERE / name, tmp_path)
+    shutil.copytree(HERE / "samples", tmp_path / "samples")
+    shutil.copytree(narrow("audioldm2"), tmp_path / "narrow")
+    shutil.copy(tmp_path / "samples/demo/log.txt", tmp_path)
+    for name in ("samples/audiocaps_style_prompts.txt", "prompts.txt"):
+        shutil.copy(HERE / "samples/published_prompts.txt", tmp_path / name)
+    (tmp_path / "few.txt").write_text("\n".join([*HELD_OUT, "a whoosh then whistling"]))
+    heard = {"task": "preference", "prompt": "wind", "score": 1}
+    answers = {"listener": "a", "run": "seed-0", "answers": [heard]}
+    (tmp_path / "listener-a.json").write_text(json.dumps(answers))
+    real_main, real_evaluate = clap_ppo.main, evaluate.evaluate
+    monkeypatch.setattr(clap_ppo, "main", lambda argv: real_main([*argv, *FEW]))
+    monkeypatch.setattr(evaluate, "evaluate", lambda run, judge, noises, guidance, best, snapshots:
+                        real_evaluate(run, judge, 1, guidance, best[:1], snapshots))
+    monkeypatch.chdir(tmp_path)
+    kept = [path.read_bytes() for path in (Path("README.md"), *Path("samples").glob("*.txt"))]
+    results, runs = Path("samples/results.jsonl"), itertools.count()
+    for call in documented_calls():
+        more = [more for start, more in MADE_SMALL.items() if call.startswith(start)][0]
+        if call.startswith("clap_ppo.py --prompts"):
+            more = [*more, "--out", f"runs/seed-{next(runs)}"]
+        script, *flags = shlex.split(call.replace("cvssp/audioldm2", "narrow"))
+        monkeypatch.setattr(sys, "argv", [script, *flags, *more])
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as stopped:
+            assert not stopped.code, (call, capsys.readouterr().err)
+        if call.endswith("report"):                 # the tables of README are current
+            assert Path("README.md").read_bytes() == kept[0]
+            lines = [line for line in results.read_text().splitlines() if '"seed": 4' not in line]
+            results.write_text("\n".join(lines) + "\n")       # so that seed 4 is to run
+    assert kept[1:] == [path.read_bytes() for path in Path("samples").glob("*.txt")]
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    new = {(row["name"], row.get("label")): row for row in rows if row["seed"] == 4}
+    base, tuned = new["ppo", "0"], new["ppo", None]["tuned"]
+    assert new["free", "base, guidance 1"]["reward"] == base["reward"] != tuned["reward"]
+    assert new["free", "tuned, guidance 1"]["reward"] == tuned["reward"]
+    assert new["pull", "0"]["reward"] == base["reward"] and base["minutes"] == 0
+    metrics = json.loads(Path("runs/experiments/ppo-4/metrics.jsonl").read_text())
+    assert new["ppo", None]["minutes"] == pytest.approx(metrics["seconds"] / 60, abs=1e-5)
+    links = re.findall(r"\]\((.*?)\)", Path("samples/demo/README.md").read_text())
+    assert len(links) == 2 + 2 * 5 and all(Path("samples/demo", link).exists() for link in links)
+
 def test_documented_code_works(prompt_file, finished_run, tmp_path, monkeypatch, capsys):
-    commands = re.findall(r"^\s*(?:python|uv run) clap_ppo\.py\b((?:.*\\\n)*.*)$",
-                          README + clap_ppo.__doc__, flags=re.M)
-    for command in commands:
-        arguments = shlex.split(command.replace("\\\n", " "), comments=True)
-        assert "--resume" in arguments or clap_ppo.parse_args(arguments)
     stock, step, loud = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     stock = stock.replace("samples/toy", str(TOY)).replace("runs/seed-0", str(finished_run.folder))
     held_out = str(prompt_file.with_name("eval_prompts.txt"))
@@ -1121,15 +1191,68 @@ def test_documented_code_works(prompt_file, finished_run, tmp_path, monkeypatch,
             exec(code, {})
         assert re.search(shown, capsys.readouterr().out)
 
-def test_the_generated_tables_of_the_readme_are_current():
-    """`python samples/experiments.py report` would change nothing."""
-    assert experiments.fill(README, experiments.read_rows()) == README
-
 # ==== 10. The judge, its page, the samples scripts ===============================================
 def test_captions_name_the_related_sound_and_turn_the_order():
     scene, rng = ("then", ("dog_bark", "wind")), np.random.default_rng(0)
     for shares, told in ((1, 0), ("dog_whimper", "water")), ((0, 1), ("wind", "dog_bark")):
-        assert make_toy.toy_sounds.mishear(scene, rng, *shares) == ("then", told)
+        assert toy_sounds.mishear(scene, rng, *shares) == ("then", told)
+
+def test_the_judge_recognises_what_the_toy_world_plays():
+    """Each sound alone, and pairs in this order and not in the other; at any sample rate."""
+    import torchaudio
+    judge, rng = evaluate.load_judge(str(TOY / "judge")), np.random.default_rng(0)
+    events = list(toy_sounds.EVENTS)
+    pairs = list(zip(events, events[5:] + events[:5], strict=True))
+    scenes = [("single", (event,)) for event in events] + [("then", pair) for pair in pairs]
+    others = [("then", pair[::-1]) for pair in pairs]
+    captions = [toy_sounds.caption(scene, rng) for scene in scenes + others]
+    tokens = judge.processor.tokenizer(captions, padding=True, return_tensors="pt")
+    waves = torch.stack([torch.from_numpy(toy_sounds.render(scene, rng)) for scene in scenes])
+    assert waves.shape == (24, 40960) and 0.3 < waves.abs().max() < 0.95
+    waves = torchaudio.functional.resample(waves, 16000, 32000)
+    with torch.no_grad():
+        texts = judge.get_text_features(**tokens).pooler_output
+        heard = evaluate.judge_audio_embeds(judge, waves, 32000) @ texts.T
+    assert (heard.argmax(dim=1) == torch.arange(24)).sum() >= 22
+
+@pytest.mark.slow
+def test_all_stages_of_the_toy_run_and_its_unet_alone_is_made_anew(prompt_file, tmp_path):
+    out = tmp_path / "toy"
+    command = [sys.executable, TOY / "make_toy.py", "--fast", "--threads", "1", "--out", out]
+    for more in ([], ["--stage", "unet"], ["--stage", "export"]):
+        done = run_process([*command, *more])
+        assert done.returncode == 0, done.stderr[-2000:]
+    setup = load("--prompts", prompt_file, "--model", out / "pipeline", "--clap", out / "clap.pt",
+                 *TINY)
+    assert update_once(setup, roll(setup)[1])["log_prob_gap"] < 1e-5
+    assert evaluate.load_judge(str(out / "judge"))
+
+@pytest.mark.parametrize("adapter, eta, guidance", [
+    (False, 1, 5), (False, 1, 1), (True, 1, None), (False, 0, None)])
+def test_the_pull_is_to_the_guided_base_where_there_is_noise(monkeypatch, adapter, eta, guidance):
+    monkeypatch.setattr(experiments, "PULL_GUIDANCE", guidance)
+    setup = painter_setup(0.3)
+    _, rows = roll(setup)
+    with contextlib.nullcontext() if adapter else setup.unet.disable_adapter():
+        mean, sigma = experiments.policy_with_pull(setup, rows, eta, setup.condition)
+        if guidance:
+            conditions = setup.empty_condition["class_labels"], setup.condition["class_labels"]
+            outputs = [setup.unet(rows["latents"], setup.timesteps[rows["step"]],
+                                  labels[rows["prompt_id"]]).sample for labels in conditions]
+            bars = setup.alpha_bar_t[rows["step"]], setup.alpha_bar_prev[rows["step"]]
+            guided = torch.lerp(*outputs, guidance)
+            expected = clap_ppo.ddim_mean(guided, rows["latents"], *bars, sigma)
+        else:
+            expected, _ = clap_ppo.policy(setup, rows, eta, setup.condition)
+    torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-5)
+
+def test_the_demo_shows_what_rose_most_of_each_kind(tmp_path):
+    gains = {"a then b": 0.1, "c then d": 0.5, "a and b": 0.2, "wind": 0.3, "rain": -0.1}
+    rows = [{"prompt": prompt, "base": {"judge": 1}, "tuned": {"judge": 1 + gain}}
+            for prompt, gain in gains.items()]
+    (tmp_path / "data.js").write_text(f"window.CLAP_PPO_RUN = {json.dumps({'rows': rows})};\n")
+    found = [row["prompt"] for row in pictures.changed_most(tmp_path)]
+    assert found == ["c then d", "wind", "a and b", "a then b", "rain"]
 
 def make_clips(judge, **more) -> evaluate.Clips:
     """Clips of M prompts from judge scores (M, n, M), the rest filled in."""
@@ -1139,13 +1262,16 @@ def make_clips(judge, **more) -> evaluate.Clips:
         embeds=torch.ones(count, n, 1)) | more)
 
 def test_diversity_loudness_and_broken_clips_mean_what_they_say():
-    """The judge hears prompt 0 everywhere, so prompt 1 has no two recognised clips."""
-    judge, waveforms = torch.eye(2)[:1].expand(2, 2, 2), torch.full((2, 2, 100), 0.1)
-    embeds = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]])
+    """The judge hears prompt 0, but for one clip: prompts 1 and 2 have no two recognised ones."""
+    judge = torch.eye(3)[:1].repeat(3, 2, 1)
+    judge[2, 0] = torch.tensor([0, 0, 1])
+    waveforms = torch.full((3, 2, 100), 0.1)
     waveforms[1] = torch.tensor([[0.0], [1.0]])                      # silence, and clipping
+    embeds = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]] + 2 * [[[1.0, 0.0], [0.0, 1.0]]])
     found = evaluate.per_prompt_metrics(make_clips(judge, embeds=embeds, waveforms=waveforms))
-    assert found["diversity"].tolist() == found["broken"].tolist() == [0, 1]
-    assert evaluate.bootstrap(found["diversity_right"])["value"] == 0
+    assert found["diversity"].tolist() == [0, 1, 1]
+    assert found["diversity_right"].isnan().tolist() == [False, True, True]
+    assert found["broken"].tolist() == [0, 1, 0]
     assert found["loudness"][0].item() == pytest.approx(-20, abs=1e-3)
 
 def test_a_judge_that_always_hears_the_prompt_has_a_recognition_of_one():
@@ -1158,13 +1284,12 @@ def test_a_judge_that_always_hears_the_prompt_has_a_recognition_of_one():
         metrics = evaluate.per_prompt_metrics(make_clips(judge))
         assert metrics["recognition"].tolist() == metrics["judge_score"].tolist() == [share] * 4
     first_two, last_two = torch.cat([ear[:2], deaf[2:]]), torch.cat([deaf[:2], ear[2:]])
-    for base, tuned, mended, broke, wins, preference in (
-            (half, ear, 4, 0, 1, 0.75), (ear, half, 0, 4, 0, 0.25),
-            (first_two, last_two, 4, 4, 0.5, 0.5)):
+    for base, tuned, mended, broke, wins in (
+            (half, ear, 4, 0, 1), (ear, half, 0, 4, 0), (first_two, last_two, 4, 4, 0.5)):
         found = evaluate.compare(make_clips(base), make_clips(tuned))
         assert (found["mended"], found["broke"], found["clips"]) == (mended, broke, 8)
-        assert (found["wins"]["value"], found["preference"]["value"]) == (wins, preference)
-    assert found["wins"] == found["preference"] == {"value": 0.5, "low": 0, "high": 1}
+        assert found["wins"]["value"] == wins
+    assert found["wins"] == {"value": 0.5, "low": 0, "high": 1}
 
 def test_best_of_n_takes_the_clip_that_the_reward_likes_best():
     reward = torch.tensor([[0.1, 0.9, 0.5, 0.6], [0.8, 0.2, 0.3, 0.4]])
@@ -1178,6 +1303,9 @@ def test_an_interval_is_the_published_one_and_one_prompt_has_none():
     assert interval["high"] - interval["low"] == pytest.approx(2 * 1.96 / 20, rel=0.15)
     for alike in (torch.ones(1), torch.ones(9)):
         assert evaluate.bootstrap(alike) == {"value": 1, "low": None, "high": None}
+    sums, counts = torch.tensor([[9.0, 0.0], [9.0, 1.0]]).repeat(1, 50)     # all of 9, none of 1
+    interval = evaluate.bootstrap(sums, counts)
+    assert interval["value"] == pytest.approx(0.9) and 0.8 < interval["low"] < interval["high"] < 1
 
 def test_more_reward_with_less_of_the_judge_is_over_optimisation():
     rows = [{"epoch": e, "reward": {"value": r}, "judge_score": {"value": j}} for e, r, j in (
@@ -1201,7 +1329,10 @@ def test_the_judge_hears_what_the_run_played(finished_run):
     assert found["snapshots"][-1]["judge_score"] == found["tuned"]["judge_score"]
     assert [row["label"] for row in found["guidance"]] == ["base, guidance 1", "tuned, guidance 1"]
     assert found["guidance"][0]["reward"] != found["base"]["reward"]
-    assert found["best_of"][1]["reward"]["value"] > found["best_of"][0]["reward"]["value"]
+    setup, _ = clap_ppo.open_run(clap_ppo.parse_args(["--resume", str(run)])[0], run)
+    many = evaluate.make_base_clips(setup, evaluate.load_judge(str(TOY / "judge")), 8, None, 0)
+    best = many.reward.unflatten(1, (2, 4)).amax(dim=2).mean().item()
+    assert found["best_of"][1]["reward"]["value"] == pytest.approx(best, rel=1e-5)
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert evaluate.main(["gone"]) == evaluate.main([str(run), "--judge", str(run)]) == 2
 
@@ -1350,6 +1481,29 @@ def test_the_benchmark_times_an_epoch_of_each_real_model(preset, monkeypatch, ca
     total, *parts = [float(value) for value in seconds]
     assert names == ("epoch", "U-Net", "VAE", "vocoder", "CLAP", "gradient") and min(parts) > 0
     assert 0.5 * total < sum(parts) <= total + 0.05
+
+def test_the_overhead_is_what_no_network_and_no_gradient_took(setup, monkeypatch, capsys):
+    """Six calls of equal length take half of an epoch; the first epoch, which takes longer, does
+    not count."""
+    clap, sizes = setup.reward.args[0], []
+    calls = [(setup.unet, "forward"), (setup.pipeline.vae, "decode"), (torch.Tensor, "backward"),
+             (setup.pipeline.vocoder, "forward"), (clap["audio_branch"], "forward"),
+             (clap["text_branch"], "forward")]
+    for owner, name in calls:
+        monkeypatch.setattr(owner, name, lambda *args: time.sleep(0.05))
+    def epoch(setup, folder, metrics):
+        began = time.perf_counter()
+        for owner, name in calls:
+            getattr(owner, name)(torch.zeros(1))
+        time.sleep(0.3 if metrics else 0.6)
+        metrics.append({"seconds": time.perf_counter() - began})
+        sizes.append(setup.cfg.micro_batch)
+    monkeypatch.setattr(clap_ppo, "train", epoch)
+    monkeypatch.setattr(bench, "build_setup", lambda *args: setup)
+    bench.main(["--micro-batches", "8", "16"])
+    for line in capsys.readouterr().out.splitlines()[1:]:
+        assert float(re.search(r"overhead (\S+)", line)[1]) == pytest.approx(2, abs=0.15)
+    assert sizes == [8, 8, 16, 16]
 
 def small_audioldm(toy):
     """AudioLDM's architecture, but narrow; text encoder, VAE and vocoder are the toy's."""

@@ -6,12 +6,11 @@
 
 Real architectures are built at full size with random weights and prompts: nothing is downloaded.
 Per micro-batch, after a warm-up: seconds of an epoch of `clap_ppo.train`, those in each network,
-"overhead", which is the epoch over their sum, and peak memory (on a GPU, or on Linux).
+"overhead", which is the epoch over their sum, and on a GPU peak memory.
 """
 
 import argparse
 import io
-import json
 import sys
 import time
 from contextlib import ExitStack, redirect_stdout
@@ -131,22 +130,11 @@ def network_seconds(setup, metrics: list) -> tuple[float, dict[str, float]]:
         return epoch(setup, metrics), seconds
 
 
-def peak_memory(setup) -> float | None:
-    """GiB of the GPU or, on Linux, of the process; elsewhere nothing is known."""
-    if setup.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    if sys.platform != "linux":
-        return None
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20         # it counts KiB
-
-
 def main(argv=None) -> None:
     """Prints one line per micro-batch."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--preset", choices=list(PRESETS), default="toy")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=None)
-    parser.add_argument("--save", default="", help="a file to which each line is added as JSON")
     parser.add_argument("flags", nargs="*", help="flags of clap_ppo.py, after --")
     args = parser.parse_args(argv)
     prompts = str(clap_ppo.HERE / "samples/prompts.txt")
@@ -162,19 +150,12 @@ def main(argv=None) -> None:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         total, within = network_seconds(setup, metrics)
-        peak = peak_memory(setup)
         overhead = total / sum(within.values())
         parts = ", ".join([f"{part} {seconds:.2f} s" for part, seconds in within.items()])
-        memory = "" if peak is None else f"  peak {peak:.1f} GiB"
         print(f"micro-batch {micro_batch:>3}: epoch {total:.2f} s ({parts})  overhead "
-              f"{overhead:.3f}  {clips / total:.1f} clips/s{memory}", flush=True)
-        if args.save:
-            row = {"name": "bench", "seed": 0, "preset": args.preset, "device": name,
-                   "micro_batch": micro_batch, "clips": clips, "seconds": total,
-                   "overhead": round(overhead, 3), "peak_gib": peak and round(peak, 2),
-                   "flags": " ".join(args.flags)}
-            with open(args.save, "a") as file:
-                file.write(json.dumps(row) + "\n")
+              f"{overhead:.3f}  {clips / total:.1f} clips/s", flush=True)
+        if cuda:
+            print(f"    peak {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB", flush=True)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import clap_ppo  # noqa: E402
-from clap_ppo import UserError  # noqa: E402
+import clap_ppo
+from clap_ppo import UserError
 
 
 # ==== 1. The judge ====
@@ -167,8 +167,6 @@ def compare(base: Clips, tuned: Clips) -> dict:
     """Base, best of n and tuned, paired differences, and what training did to single clips.
 
     mended, broke: clips that only tuned, only base gets right; wins: the former among both.
-    preference: share of same-noise pairs in which the judge scores tuned higher, ties half; where
-    both are right that is a coin flip, so it cannot come near 1.
     """
     n = base.reward.shape[1]
     before = per_prompt_metrics(base)
@@ -182,8 +180,6 @@ def compare(base: Clips, tuned: Clips) -> dict:
     right = recognised(tuned)
     mended = (right & ~was_right).sum(dim=1)                                # (M,)
     broke = (was_right & ~right).sum(dim=1)
-    gain = own_scores(tuned) - own_scores(base)                             # (M, n)
-    preferred = (gain > 0).sum(dim=1) + 0.5 * (gain == 0).sum(dim=1)
     return {
         "base": figures(base),
         "best_of_n": figures(best_of(base, n)),
@@ -192,10 +188,9 @@ def compare(base: Clips, tuned: Clips) -> dict:
         "mended": mended.sum().item(),
         "broke": broke.sum().item(),
         "wins": bootstrap(mended, mended + broke),
-        "preference": bootstrap(preferred / n),
         "n": n,
-        "clips": gain.numel(),
-        "chance": 1 / len(gain),
+        "clips": right.numel(),
+        "chance": 1 / len(right),
     }
 
 def over_optimised(rows: list) -> list[int]:
@@ -231,8 +226,7 @@ def print_evaluation(result: dict, kind: str = "held-out prompts") -> None:
     for name in result["base"]:
         print_line(name, 16, [show(result[column][name]) for column in columns])
     print(f"of {result['clips']} clips training mended {result['mended']} and broke "
-          f"{result['broke']}: of pairs with one right clip tuned wins {show(result['wins'])}\n"
-          f"the judge prefers tuned to base in {show(result['preference'])} of all pairs")
+          f"{result['broke']}: of pairs with one right clip tuned wins {show(result['wins'])}")
     names = ["recognition", "judge_score", "reward", "diversity"]
     for title in ("guidance", "best_of", "snapshots"):
         if result.get(title):

@@ -3,44 +3,36 @@
 
     python samples/experiments.py                  # what there is, and what is still to run
     python samples/experiments.py ppo pull         # these, with all their seeds; all: a day
-    python samples/experiments.py report           # the README's tables
-    python samples/experiments.py pictures RUN     # results, method, before-after of RUN (.png)
-    python samples/experiments.py demo RUN LOG     # samples/demo, of an evaluated run and its log
+    python samples/experiments.py report           # writes the README's tables
 
-Arms are other ways to train, with five seeds; ablations are the defaults with one change, with
-three. Each run is a call of `clap_ppo.main` in runs/experiments/NAME-SEED, then of `evaluate.py`,
-and at last some rows of `samples/results.jsonl`. What is cut goes on with the next call. Two calls
-can run side by side: give them other names, and one thread each (OMP_NUM_THREADS=1).
+Arms are other ways to train; ablations are the defaults with one change, three seeds of each. A run
+is a call of `clap_ppo.main` in runs/experiments/NAME-SEED, then of `evaluate.py`, and at last some
+rows of `samples/results.jsonl`. What is cut goes on with the next call. Two calls can run side by
+side: give them other names, and one thread each (OMP_NUM_THREADS=1).
 """
 
 import json
-import re
-import shutil
 import sys
-from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-import soundfile
 import torch
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-import evaluate  # noqa: E402
+import evaluate
 
-import clap_ppo  # noqa: E402
-from clap_ppo import Config  # noqa: E402
+import clap_ppo
 
 RESULTS = HERE / "results.jsonl"
 RUNS = Path("runs/experiments")
 PROMPTS = str(HERE / "prompts.txt")
 
 # ==== 1. Parts of clap_ppo.py that an experiment replaces ====
-policy, rollout = clap_ppo.policy, clap_ppo.rollout             # the originals
+policy = clap_ppo.policy            # the original
+PULL_GUIDANCE = 5                   # 1 would be none
 
 
 def policy_with_pull(setup, rows, eta, condition):
@@ -52,7 +44,7 @@ def policy_with_pull(setup, rows, eta, condition):
     # Guidance of means is guidance of predictions, at any eta: a mean is a x_t + b eps, both
     # passes have the same a, b and x_t, and the weights, 5 and 1 - 5, add up to 1.
     mean_of_empty, _ = policy(setup, rows, eta, setup.empty_condition)
-    return mean_of_empty + 5 * (mean - mean_of_empty), sigma
+    return mean_of_empty + PULL_GUIDANCE * (mean - mean_of_empty), sigma
 
 
 def own_starting_latents(setup, generator):
@@ -71,25 +63,24 @@ class Experiment(NamedTuple):
 PULL = {"policy": policy_with_pull}
 NO_REWARD = {"group_advantages": torch.zeros_like}
 OWN_NOISE = {"starting_latents": own_starting_latents}
-NARROW = {"LORA_LAYERS": ["to_q", "to_k", "to_v", "to_out.0", "time_emb_proj", "class_embedding"]}
 # What the base model has for free, measured with each run of "ppo".
 GUIDANCE, BEST_OF = (1, 2, 5, 7), (4, 16)
 GUIDED = [f"base, guidance {scale:g}" for scale in GUIDANCE]
 ARMS = {
     "ppo": Experiment("PPO alone: the defaults", 5),
     "pull": Experiment("guidance distillation alone", 5, "--kl-weight 0.05", PULL | NO_REWARD),
-    "pull-and-ppo": Experiment("PPO and guidance distillation", 5, "--kl-weight 0.05", PULL),
+    "pull-and-ppo": Experiment("PPO and guidance distillation", 1, "--kl-weight 0.05", PULL),
+    "textbook": Experiment("PPO, noise in 9 steps, own starting noise: as many clips", 3,
+                           "--noisy-steps 9", OWN_NOISE),
+    "textbook-minutes": Experiment("the same: about as many minutes", 3,
+                                   "--noisy-steps 9 --epochs 50", OWN_NOISE),
     "long": Experiment("PPO alone, three times the epochs", 1, "--epochs 240"),
 }
 ABLATIONS = {
     "one-step": Experiment("noise in one step", 3, "--noisy-steps 1"),
-    "textbook": Experiment("noise in 9 steps, own starting noise: as many clips", 3,
-                           "--noisy-steps 9", OWN_NOISE),
     "own-noise": Experiment("each clip its own starting noise", 3, "", OWN_NOISE),
-    "8x8": Experiment("8 prompts x 8 clips, 120 epochs", 3, "--prompts-per-epoch 8 --epochs 120"),
     "no-clipping": Experiment("no clipping", 3, "--clip-range 1e7"),
     "small-kl": Experiment("KL 0.01 to the base", 3, "--kl-weight 0.01"),
-    "narrow": Experiment("adapter without ff and proj", 3, "", NARROW),
 }
 EXPERIMENTS = ARMS | ABLATIONS
 PASSES = {"base, guidance 1": 10} | dict.fromkeys(GUIDED[1:], 20)       # of the U-Net, per clip
@@ -108,12 +99,10 @@ def read_rows() -> list:
     flags = {name: experiment.flags for name, experiment in EXPERIMENTS.items()}
     flags["free"] = flags["ppo"]
     rows = []
-    if RESULTS.exists():
-        for line in RESULTS.read_text().splitlines():
-            row = json.loads(line)
-            known = flags.get(row["name"], "unknown")
-            if row["name"] == "bench" or row.get("flags") == known:
-                rows.append(row)
+    for line in RESULTS.read_text().splitlines():
+        row = json.loads(line)
+        if row["flags"] == flags.get(row["name"]):
+            rows.append(row)
     return sorted(rows, key=lambda row: row["seed"])
 
 def runs_of(rows: list, name: str) -> dict:
@@ -212,22 +201,12 @@ def ablation_table(rows: list) -> str:
     return table(["changed", "recognition against the defaults", "diversity, recognised", "seeds"],
                  [cells for _, cells in entries])
 
-def bench_table(rows: list) -> str:
-    """The rows that `samples/bench.py --save samples/results.jsonl` has added."""
-    lines = []
-    for row in rows:
-        if row["name"] == "bench":
-            lines.append([row["preset"], row["device"], str(row["clips"]),
-                          f"{row['seconds']:.1f} s", f"{row['overhead']:.2f}",
-                          f"{row['peak_gib']:.1f} GiB"])
-    return table(["preset", "device", "clips", "epoch", "over the networks alone", "memory"], lines)
-
 def fill(text: str, rows: list) -> str:
     """README text with what stands between the lines <!-- NAME --> and <!-- /NAME --> replaced."""
     log = (HERE / "demo/log.txt").read_text().splitlines()      # of most epochs nothing is shown
     log = "\n".join(["```"] + log[:3] + ["..."] + log[-4:] + ["```"])
     parts = {"log": log, "results": results_table(rows),
-             "ablations": ablation_table(rows), "bench": bench_table(rows)}
+             "ablations": ablation_table(rows)}
     for name, part in parts.items():
         head, begin, rest = text.partition(f"<!-- {name} -->\n")
         _, end, rest = rest.partition(f"<!-- /{name} -->\n")
@@ -235,138 +214,7 @@ def fill(text: str, rows: list) -> str:
             text = head + begin + part + "\n" + end + rest
     return text
 
-# ==== 5. The pictures, and the demo ====
-def draw_results(rows: list) -> None:
-    """Recognition and held-out reward by minutes of training: each arm, and what is free."""
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    best = max(GUIDED, key=lambda label: mean(scores(rows, label, "recognition")))
-    metrics = "recognition", "reward"
-    for axes, metric in zip(figure.subplots(1, 2), metrics, strict=True):
-        for i, label in enumerate((GUIDED[0], best, "base, best of 4")):
-            value = mean(scores(rows, label, metric))
-            axes.axhline(value, color="grey", linestyle="--")
-            axes.text(12 * i, value, label)
-        for i, (name, arm) in enumerate(ARMS.items()):
-            curves = {}
-            for row in rows:
-                if row["name"] == name and "epoch" in row:
-                    point = row["minutes"], row[metric]["value"]
-                    curves.setdefault(row["seed"], []).append(point)
-            if curves:
-                points = torch.tensor(list(curves.values()))        # (seeds, points, 2)
-                minutes, values = points.permute(2, 1, 0)           # (points, seeds) each
-                axes.plot(minutes, values, color=f"C{i}", linewidth=0.5)
-                axes.plot(minutes.mean(1), values.mean(1), "o-", color=f"C{i}", label=arm.title)
-        axes.set(xlabel="minutes of training", ylabel=f"{metric} on held-out prompts")
-    axes.legend()
-    figure.savefig(HERE / "results.png", dpi=110)
-
-def draw_sound(axes, waveform, title: str) -> None:
-    """Loudness by time and pitch."""
-    axes.specgram(waveform + 1e-5, NFFT=512, vmin=-70, cmap="magma")
-    axes.set(yticks=[], xticks=[])
-    axes.set_title(title, fontsize=9)
-
-def draw_method(prompt="a man whistling then lion roaring", seed: int = 1) -> None:
-    """One group of clips of the bundled base model, from noise to advantage: nothing is a sketch.
-    The paths are the clips' latents, in the direction in which the finished ones differ most."""
-    cfg = Config(prompts_per_epoch=1)
-    setup = clap_ppo.load_setup(cfg, [prompt], 1)
-    prompt_ids, paths = torch.tensor([0]), []
-
-    def watched_policy(setup, rows, eta, condition):
-        paths.append(rows["latents"])
-        return policy(setup, rows, eta, condition)
-
-    with mock.patch.object(clap_ppo, "policy", watched_policy):
-        generator = torch.Generator().manual_seed(seed)
-        latents, _ = rollout(setup, prompt_ids, generator)
-    waveforms, rewards = clap_ppo.score_clips(setup, latents, prompt_ids)
-    advantages = clap_ppo.group_advantages(rewards)[0]
-    order = advantages.argsort()
-    paths = torch.stack(paths + [latents]).flatten(2)                   # (T + 1, K, D)
-    _, _, directions = torch.pca_lowrank(paths[-1])
-    heights = paths @ directions[:, 0]                                  # (T + 1, K)
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    axes = figure.subplot_mosaic("LB;LW", width_ratios=[2.6, 1])
-    colours = colormaps["coolwarm_r"]((advantages / 4 + 0.5).numpy())
-    left = axes["L"]
-    for k in order.flip(0):
-        label = f"{rewards[0, k]:.2f}: {advantages[k]:+.1f}"
-        left.plot(heights[:, k], color=colours[k], label=label)
-    left.legend(title="reward: advantage", loc="lower left", fontsize=7)
-    left.axvspan(0, cfg.noisy_steps, color="gold", alpha=0.35)
-    left.set(xlabel="denoising step (yellow: with noise)",
-             ylabel="latents, main direction", title=f'{len(latents)} clips of "{prompt}"')
-    draw_sound(axes["B"], waveforms[order[-1]], "best: made more likely")
-    draw_sound(axes["W"], waveforms[order[0]], "worst: made less likely")
-    figure.savefig(HERE / "method.png", dpi=110)
-
-def changed_most(run: Path) -> list:
-    """The pairs on an evaluated run's page, by how much the judge's score rose: the best of each
-    kind (sounds in order, several, one), then the second best of each kind, and so on."""
-    rows = json.loads((run / "data.js").read_text().split("=", 1)[1].strip(";\n"))["rows"]
-    rows.sort(key=lambda row: row["base"]["judge"] - row["tuned"]["judge"])
-    seen = Counter()
-    for row in rows:
-        word = re.search("then|before|after|followed|and|while|$", row["prompt"])[0]
-        kind = word in ("and", "while"), word == ""
-        row["turn"] = seen[kind]
-        seen[kind] += 1
-    return sorted(rows, key=lambda row: row["turn"])
-
-def draw_before_after(run: Path) -> None:
-    """Three held-out prompts, base above tuned from the same noise, and what the judge hears."""
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    panels = figure.subplots(2, 3)
-    for column, row in enumerate(changed_most(run)[:3]):
-        for i, (side, title) in enumerate((("base", "before"), ("tuned", "after"))):
-            axes = panels[i, column]
-            waveform, _ = soundfile.read(run / row[side]["file"])
-            draw_sound(axes, waveform, f"{title}: {row['prompt']}")
-            verdict = "recognised by the judge"
-            if row[side]["heard"] != row["prompt"]:
-                verdict = "the judge hears: " + row[side]["heard"]
-            axes.set_xlabel(verdict, fontsize=8)
-    figure.savefig(HERE / "before-after.png", dpi=110)
-
-
-DEMO = """# Before and after
-Made by `python samples/experiments.py demo {run} {log}`; the run's [settings](config.json) and
-[log](log.txt). Held-out prompts, both clips from the same noise: of each kind (sounds in order,
-several at once, one) those whose judge score rose most, and last the fine-tuned clip that the judge
-likes least, a failure. `listen.html`, opened from a clone, plays all.\n
-"""
-
-
-def make_demo(run: Path, log: Path, demo: Path = HERE / "demo") -> None:
-    """Replaces samples/demo by an evaluated run's page, its sounds as mp3, and six named pairs."""
-    shutil.rmtree(demo, ignore_errors=True)
-    (demo / "listen").mkdir(parents=True)
-    (demo / "named").mkdir()
-    for wav in (run / "listen").glob("*.wav"):
-        waveform, rate = soundfile.read(wav)
-        soundfile.write(demo / f"listen/{wav.stem}.mp3", waveform, rate, compression_level=0.8)
-    shutil.copy(log, demo / "log.txt")
-    for name in ("curve.png", "listen.html"):
-        shutil.copy(run / name, demo)
-    for name in ("config.json", "data.js"):             # without this machine's folders
-        text = (run / name).read_text().replace(f"{clap_ppo.HERE}/", "")
-        (demo / name).write_text(text.replace(".wav", ".mp3"))
-    lines = []
-    rows = changed_most(run)
-    failure = min(rows, key=lambda row: row["tuned"]["judge"])
-    for number, row in enumerate(rows[:5] + [failure], 1):
-        cells = [row["prompt"]]
-        for side, title in (("base", "before"), ("tuned", "after")):
-            name = f"named/{number:02}-{row['prompt'].replace(' ', '-')}-{title}.mp3"
-            shutil.copy(demo / row[side]["file"].replace(".wav", ".mp3"), demo / name)
-            cells.append(f"[{title}]({name}): the judge hears *{row[side]['heard']}*")
-        lines.append(cells)
-    text = DEMO.format(run=run, log=log) + table(["asked for", "original", "fine-tuned"], lines)
-    (demo / "README.md").write_text(text + "\n")
-
-# ==== 6. Command line ====
+# ==== 5. Command line ====
 def main(argv: list) -> None:
     """Runs what is named; without a name, lists what there is and how much of it is done."""
     command, rows = (argv or ["list"])[0], read_rows()
@@ -376,13 +224,6 @@ def main(argv: list) -> None:
     elif command == "report":
         readme = HERE.parent / "README.md"
         readme.write_text(fill(readme.read_text(), rows))
-    elif command == "pictures":
-        draw_results(rows)
-        draw_method()
-        if len(argv) > 1:
-            draw_before_after(Path(argv[1]))
-    elif command == "demo":
-        make_demo(Path(argv[1]), Path(argv[2]))
     else:
         names = list(EXPERIMENTS) if command == "all" else argv
         for name in set(names) - set(EXPERIMENTS):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A toy world of twelve procedural sounds, the captions that name them, and prompt files.
 
-    python samples/toy/toy_sounds.py --write-prompts     # rewrites the prompt files one folder up
+    python samples/toy/toy_sounds.py      # rewrites the prompt files, one folder up
 
 A *scene* is ``(relation, events)``: ``("single", (a,))``, ``("and", (a, b))`` for two or three
 sounds that last the whole clip together, ``("then", (a, b))`` for two to four one after another.
@@ -11,7 +11,6 @@ source-filter synthesis: the source is a pulse train or noise, the filter a set 
 """
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +59,8 @@ def formants(x, table):
         radius = exp(-pi * bandwidth / SAMPLE_RATE)
         angle = 2 * pi * hz / SAMPLE_RATE
         unity = (1 - radius) * sqrt(1 - 2 * radius * cos(2 * angle) + radius ** 2)
-        out += gain * lfilter([unity], [1, -2 * radius * cos(angle), radius ** 2], x)
+        denominator = [1, -2 * radius * cos(angle), radius ** 2]
+        out += gain * lfilter([unity], denominator, x)
     return out
 
 
@@ -237,7 +237,8 @@ def shout(rng, n):
         hz *= 1 + 0.012 * sin(2 * pi * 6 * t * size / SAMPLE_RATE)
         mouth = [(f1, 150, 1.0), (f2, 180, 0.9),
                  (2900, 250, 0.9), (3900, 350, 0.7)]
-        out[start:stop] += formants(pulses(hz), mouth) * bump(size, 0.08, 0.2)
+        voice = formants(pulses(hz), mouth)
+        out[start:stop] += voice * bump(size, 0.08, 0.2)
     return out
 
 
@@ -541,7 +542,4 @@ def write_prompts():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--write-prompts"]:
-        write_prompts()
-    else:
-        print(__doc__)
+    write_prompts()
