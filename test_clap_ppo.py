@@ -304,16 +304,6 @@ def on_a_gpu(setup, error: float, dtype="float32"):
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 PRECISIONS = [("float32", 1e-7), ("float32", 0.012), ("bfloat16", 0.012)]
-@pytest.mark.parametrize("dtype, error", PRECISIONS)
-def test_rounding_neither_stops_a_run_nor_clips_its_rows(learner, tmp_path, dtype, error):
-    """Twenty epochs, against the same on a CPU in float32."""
-    clipped = []
-    for emulation in ((0.0, "float32"), (error, dtype)):
-        setup, metrics = learner(epochs=20, clip_range=0.16, seconds=32), []        # D = 512
-        clap_ppo.train(on_a_gpu(setup, *emulation), tmp_path, metrics)
-        clipped.append(sum(row["clip_fraction"] for row in metrics) / 20)
-    assert len(metrics) == 20 and 0 < clipped[1] <= clipped[0] + 0.02
-
 def break_replay(setup, rows: dict, fault: str) -> tuple:
     """A copy of both with one of four errors that have happened to people."""
     broken = dataclasses.replace(setup, unet=copy.deepcopy(setup.unet))
@@ -558,14 +548,10 @@ def learner(monkeypatch):
         return setup
     return make
 
-@pytest.mark.parametrize("own_noise", [False, True])
 @pytest.mark.parametrize("sign", [1, -1], ids=["", "sign-flipped"])
-def test_a_policy_learns_what_its_prompts_want(learner, tmp_path, monkeypatch, own_noise, sign):
+def test_a_policy_learns_what_its_prompts_want(learner, tmp_path, monkeypatch, sign):
     """Through the whole loop. Told that worse is better, it unlearns: it does not measure luck."""
-    setup = learner(epochs=30, noisy_steps=5 if own_noise else 2)
-    if own_noise:
-        monkeypatch.setattr(clap_ppo, "starting_latents", experiments.own_starting_latents)
-    ours = clap_ppo.group_advantages
+    setup, ours = learner(epochs=30, noisy_steps=2), clap_ppo.group_advantages
     monkeypatch.setattr(clap_ppo, "group_advantages", lambda *args: sign * ours(*args))
     def plain_reward():
         return clap_ppo.score_held_out(setup, clips=64)[1].mean().item()

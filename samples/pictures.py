@@ -48,8 +48,9 @@ def draw_results(rows: list) -> None:
             if curves:
                 points = torch.tensor(list(curves.values()))        # (seeds, points, 2)
                 minutes, values = points.permute(2, 1, 0)           # (points, seeds) each
+                minutes = minutes.amin(1)                           # of the least disturbed run
                 axes.plot(minutes, values, color=f"C{i}", linewidth=0.5)
-                axes.plot(minutes.mean(1), values.mean(1), "o-", color=f"C{i}", label=arm.title)
+                axes.plot(minutes, values.mean(1), "o-", color=f"C{i}", label=arm.title)
         axes.set(xlabel="minutes of training", ylabel=f"{metric} on held-out prompts")
     axes.legend()
     figure.savefig(HERE / "results.png", dpi=110)
