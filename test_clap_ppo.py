@@ -387,15 +387,16 @@ def test_each_clip_is_scored_against_its_own_prompt_as_by_the_package(clap, pack
     package.load_state_dict({name: weight.float() for name, weight in state.items()})
     rate, size = clap.audio_cfg.sample_rate, clap.audio_cfg.clip_samples
     clips = torch.cat([tone(hz, rate, 11)[:, :size] for hz in (200, 300, 400, 500)])
-    prompts = ["snoring", "a dog barking", "snoring", "wind blowing"]
+    clips[3] *= 5                                       # too loud
+    prompts = ["snoring", "a dog barking", "snoring", "wind blowing then " * 24]     # 74 tokens
     ours = clap_ppo.clap_reward(clap, clips, rate, prompts)
     assert torch.equal(ours, clap_ppo.clap_reward(clap, clips, rate, prompts))
     for clip, prompt, reward in zip(clips, prompts, ours, strict=True):
         tokens = clap.tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt")
         with torch.no_grad():
-            theirs = torch.cosine_similarity(package.get_audio_embedding([{"waveform": clip}]),
-                                             package.get_text_embedding(dict(tokens)))
-        assert reward.item() == pytest.approx(theirs.item(), abs=1e-5)
+            audio = package.get_audio_embedding([{"waveform": clip.clamp(-1, 1)}])
+            text = package.get_text_embedding(dict(tokens))
+        assert reward.item() == pytest.approx((audio @ text.T).item(), abs=1e-5)     # of length 1
 
 @pytest.mark.parametrize("waveforms, rate", [
     (torch.zeros(48000), 48000), (torch.zeros(1, 48000).short(), 48000), (torch.zeros(1, 99), 16)])
@@ -1370,7 +1371,7 @@ def test_the_plain_page_of_a_run_plays_its_clips_and_prompts_are_text(
     assert page.locator("#kind").text_content() == "Training prompts, by the judge"
     setup = painter_setup()
     setup.prompts, setup.num_train = ["up", *NASTY], 1
-    waves, rewards = torch.zeros(2 * len(NASTY), 40960), torch.zeros(len(NASTY), 2)
+    waves, rewards = torch.zeros(2 * len(NASTY), 40960), torch.tensor([[0.0, 9.0]] * len(NASTY))
     answers = [(waves, rewards), (waves, rewards - torch.arange(len(NASTY))[:, None])]
     monkeypatch.setattr(clap_ppo, "score_held_out", lambda *args: answers.pop(0))
     clap_ppo.finish(setup, tmp_path, [{"epoch": n, "reward_mean": n / 10} for n in (1, 2)])
