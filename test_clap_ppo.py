@@ -342,6 +342,7 @@ def test_on_a_cpu_in_float32_rollout_and_replay_are_equal():
     _, rows = roll(setup)
     again, _, _ = replay(setup, clap_ppo.take(rows, idx))
     torch.testing.assert_close(again, rows["log_prob"][idx])
+    assert setup.unet.base_model.model.to_q.scaling == {"default": 1}       # at any rank
     assert update_once(setup, rows)["log_prob_gap"] < 1e-6
     for off in (1.1 * clap_ppo.MAX_LOG_PROB_GAP, math.nan):
         with pytest.raises(UserError, match="log_prob_gap"):
@@ -1583,6 +1584,16 @@ def test_real_architectures_run_from_their_folders(
     assert run_main(capsys, "--resume", tmp_path / "cut")[0] == 0
     assert results(tmp_path / "cut") == results(tmp_path / "run")
     Path(clap).unlink()
+
+@pytest.mark.parametrize("width, blocks", [(96, 6), (128, 12)])
+def test_an_official_checkpoint_is_tiny_or_base_by_its_first_weight(
+        clap_file, monkeypatch, width, blocks):
+    asked, weight = [], {"module.audio_branch.patch_embed.proj.weight": torch.zeros(width, 1)}
+    torch.save({"state_dict": weight}, clap_file.with_name("official.pt"))
+    monkeypatch.setattr(clap_ppo, "build_clap", asked.append)
+    with pytest.raises(UserError):
+        clap_ppo.load_clap(str(clap_file.with_name("official.pt")), None)
+    assert asked[0]["htsat"] == {"embed_dim": width, "depths": [2, 2, blocks, 2]}
 
 def test_a_checkpoint_named_by_its_place_on_the_hub_is_fetched_once(clap, monkeypatch):
     asked = []
