@@ -5,7 +5,7 @@
     python samples/experiments.py ppo pull         # these, with all their seeds; all: a day
     python samples/experiments.py report           # writes the README's tables
 
-Arms are other ways to train; ablations are the defaults with one change, three seeds of each. A run
+Arms are other ways to train; ablations are the defaults with one change, two or three seeds. A run
 is a call of `clap_ppo.main` in runs/experiments/NAME-SEED, then of `evaluate.py`, and at last some
 rows of `samples/results.jsonl`. What is cut goes on with the next call. Two calls can run side by
 side: give them other names, and one thread each (OMP_NUM_THREADS=1).
@@ -60,27 +60,25 @@ class Experiment(NamedTuple):
     flags: str = ""
     parts: dict = {}        # of clap_ppo.py, replaced
 
-PULL = {"policy": policy_with_pull}
-NO_REWARD = {"group_advantages": torch.zeros_like}
+PULL_ALONE = {"policy": policy_with_pull, "group_advantages": torch.zeros_like}
 OWN_NOISE = {"starting_latents": own_starting_latents}
 # What the base model has for free, measured with each run of "ppo".
 GUIDANCE, BEST_OF = (1, 2, 5, 7), (4, 16)
 GUIDED = [f"base, guidance {scale:g}" for scale in GUIDANCE]
 ARMS = {
-    "ppo": Experiment("PPO alone: the defaults", 5),
-    "pull": Experiment("guidance distillation alone", 5, "--kl-weight 0.05", PULL | NO_REWARD),
-    "pull-and-ppo": Experiment("PPO and guidance distillation", 1, "--kl-weight 0.05", PULL),
-    "textbook": Experiment("PPO with the textbook's policy: as many clips", 3,
+    "ppo": Experiment("PPO: the defaults", 5),
+    "pull": Experiment("guidance distillation, no reward", 5, "--kl-weight 0.05", PULL_ALONE),
+    "textbook": Experiment("PPO with the textbook's policy: as many clips", 2,
                            "--noisy-steps 9", OWN_NOISE),
     "textbook-minutes": Experiment("the same: about as many minutes", 3,
                                    "--noisy-steps 9 --epochs 50", OWN_NOISE),
-    "long": Experiment("PPO alone, three times the epochs", 1, "--epochs 240"),
+    "long": Experiment("PPO, three times the epochs", 1, "--epochs 240"),
 }
 ABLATIONS = {
     "one-step": Experiment("noise in one step", 3, "--noisy-steps 1"),
     "own-noise": Experiment("each clip its own starting noise", 3, "", OWN_NOISE),
     "no-clipping": Experiment("no clipping", 3, "--clip-range 1e7"),
-    "small-kl": Experiment("KL 0.01 to the base", 3, "--kl-weight 0.01"),
+    "small-kl": Experiment("KL 0.01 to the base", 2, "--kl-weight 0.01"),
 }
 EXPERIMENTS = ARMS | ABLATIONS
 PASSES = {"base, guidance 1": 10} | dict.fromkeys(GUIDED[1:], 20)       # of the U-Net, per clip
@@ -220,7 +218,7 @@ def main(argv: list) -> None:
     command, rows = (argv or ["list"])[0], read_rows()
     if command == "list":
         for name, (_, seeds, flags, parts) in EXPERIMENTS.items():
-            print(f"{name:<12} {len(runs_of(rows, name))} of {seeds} seeds   {flags}", *parts)
+            print(f"{name:<17} {len(runs_of(rows, name))} of {seeds} seeds   {flags}", *parts)
     elif command == "report":
         readme = HERE.parent / "README.md"
         readme.write_text(fill(readme.read_text(), rows))

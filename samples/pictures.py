@@ -38,7 +38,7 @@ def draw_results(rows: list) -> None:
         for i, label in enumerate((GUIDED[0], best, "base, best of 4")):
             value = mean(scores(rows, label, metric))
             axes.axhline(value, color="grey", linestyle="--")
-            axes.text(12 * i, value, label)
+            axes.text(12 * i, value, label, va="bottom")
         for i, (name, arm) in enumerate(ARMS.items()):
             curves = {}
             for row in rows:
@@ -52,7 +52,7 @@ def draw_results(rows: list) -> None:
                 axes.plot(minutes, values, color=f"C{i}", linewidth=0.5)
                 axes.plot(minutes, values.mean(1), "o-", color=f"C{i}", label=arm.title)
         axes.set(xlabel="minutes of training", ylabel=f"{metric} on held-out prompts")
-    axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(HERE / "results.png", dpi=110)
 
 def draw_sound(axes, waveform, title: str) -> None:
