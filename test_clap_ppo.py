@@ -1142,7 +1142,7 @@ def test_documented_commands_work_where_a_clone_has_them(narrow, tmp_path, monke
     real_main, real_evaluate = clap_ppo.main, evaluate.evaluate
     monkeypatch.setattr(clap_ppo, "main", lambda argv: real_main([*argv, *FEW]))
     monkeypatch.setattr(evaluate, "evaluate", lambda run, judge, noises, guidance, best, snapshots:
-                        real_evaluate(run, judge, 1, guidance, best[:1], snapshots))
+                        real_evaluate(run, judge, 1, guidance[:2], best[:1], snapshots))
     monkeypatch.chdir(tmp_path)
     kept = [path.read_bytes() for path in (Path("README.md"), *Path("samples").glob("*.txt"))]
     results, runs = Path("samples/results.jsonl"), itertools.count()
