@@ -833,6 +833,7 @@ def test_a_run_remembers_its_reward(run_flags, tmp_path, capsys):
     assert clap_ppo.main(["--resume", str(run), "--epochs", "2"], reward=quiet) == 0
     assert evaluate.main([str(run), "--noises", "1"], reward=quiet) == 0
 
+@pytest.mark.slow
 def test_an_epoch_is_saved_before_it_is_shown(run_flags, tmp_path):
     """`| head -1` closes the pipe: one line on stderr, and the epoch that it hid is kept."""
     command = shlex.join([sys.executable, str(HERE / "clap_ppo.py"), *run_flags])
@@ -1471,7 +1472,7 @@ def test_the_blind_test_by_keyboard_and_its_rates(page, tmp_path, capsys):
 # ==== 11. Real models: the official formats, full-size CLAP, random weights ======================
 SMALL = bench.LEVELS | dict(block_out_channels=[8, 16, 24, 40], layers_per_block=1,
                             attention_head_dim=4, norm_num_groups=8)
-@pytest.mark.parametrize("preset", ["audioldm", "audioldm2"])
+@pytest.mark.parametrize("preset", [slow("audioldm"), "audioldm2"])
 def test_the_benchmark_times_an_epoch_of_each_real_model(preset, monkeypatch, capsys):
     monkeypatch.setattr(bench, "LEVELS", SMALL)
     monkeypatch.setattr(bench, "HEADS", dict.fromkeys(bench.HEADS, 4))
