@@ -1476,8 +1476,8 @@ SMALL = bench.LEVELS | dict(block_out_channels=[8, 16, 24, 40], layers_per_block
 def test_the_benchmark_times_an_epoch_of_each_real_model(preset, monkeypatch, capsys):
     monkeypatch.setattr(bench, "LEVELS", SMALL)
     monkeypatch.setattr(bench, "HEADS", dict.fromkeys(bench.HEADS, 4))
-    monkeypatch.setattr(bench, "VAE", dict(block_out_channels=[32, 32, 32], layers_per_block=1))
-    monkeypatch.setattr(bench, "VOCODER", dict(upsample_initial_channel=64))
+    monkeypatch.setattr(bench, "VAE_CHANNELS", [32, 32, 32])
+    monkeypatch.setattr(bench, "VOCODER_CHANNELS", 64)
     bench.main(["--preset", preset, "--micro-batches", "2", "--", *TINY, "--seconds", "0.64"])
     names, seconds = zip(*re.findall(r"([\w-]+) ([\d.]+) s", capsys.readouterr().out), strict=True)
     total, *parts = [float(value) for value in seconds]

@@ -33,8 +33,8 @@ LEVELS = dict(down_block_types=["DownBlock2D"] + 3 * ["CrossAttnDownBlock2D"],
               block_out_channels=[128, 256, 384, 640], layers_per_block=2, sample_size=128,
               in_channels=8, out_channels=8)
 HEADS = {"audioldm": 32, "audioldm2": [4, 8, 12, 20]}
-VAE = dict(block_out_channels=[128, 256, 512], layers_per_block=2)
-VOCODER = dict(upsample_initial_channel=1024)
+VAE_CHANNELS = [128, 256, 512]
+VOCODER_CHANNELS = 1024
 
 
 def build_pipeline(preset: str, prompts: int, device) -> tuple:
@@ -59,10 +59,11 @@ def build_pipeline(preset: str, prompts: int, device) -> tuple:
                          "encoder_attention_mask_1": torch.ones(prompts, 20, dtype=torch.int64)}
         vae = diffusers.AutoencoderKL(
             in_channels=1, out_channels=1, down_block_types=3 * ["DownEncoderBlock2D"],
-            up_block_types=3 * ["UpDecoderBlock2D"], latent_channels=8, **VAE)
+            up_block_types=3 * ["UpDecoderBlock2D"], latent_channels=8, layers_per_block=2,
+            block_out_channels=VAE_CHANNELS)
         vocoder = SpeechT5HifiGan(SpeechT5HifiGanConfig(
             model_in_dim=64, sampling_rate=16000, upsample_rates=[5, 4, 2, 2, 2],
-            upsample_kernel_sizes=[16, 16, 8, 4, 4], **VOCODER))
+            upsample_kernel_sizes=[16, 16, 8, 4, 4], upsample_initial_channel=VOCODER_CHANNELS))
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False,
         set_alpha_to_one=False, steps_offset=1)

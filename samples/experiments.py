@@ -176,9 +176,11 @@ def results_table(rows: list) -> str:
             cells.append(f"{mean(scores(rows, name, metric)):.{digits}f}")
         cells += [str(passes), "", "", str(len(found))]
         if runs:                                # an arm
-            minutes = min([run["minutes"] for run in runs.values()])    # the least disturbed run
-            mended = sum([run["mended"] for run in runs.values()])
-            broke = sum([run["broke"] for run in runs.values()])
+            minutes, mended, broke = float("inf"), 0, 0
+            for run in runs.values():
+                minutes = min(minutes, run["minutes"])      # of the least disturbed run
+                mended += run["mended"]
+                broke += run["broke"]
             cells[5:7] = f"{minutes:.1f}", f"{mended} : {broke}"
         if found:
             lines.append(cells)
