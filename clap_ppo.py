@@ -310,7 +310,7 @@ def choose_prompts(setup: Setup, generator: Generator) -> Tensor:
 
 def starting_latents(setup: Setup, generator: Generator) -> Tensor:
     """x_T (B, C, H, W): one for each prompt, the same for its K clips."""
-    # In DDPO each clip has its own, and its luck enters the advantage. (On the toy: no difference.)
+    # In DDPO each clip has its own, whose luck enters the advantage; on the toy that did not show.
     latents = randn(setup, setup.cfg.prompts_per_epoch, generator)
     return latents.repeat_interleave(setup.cfg.clips_per_prompt, dim=0)
 

@@ -1115,7 +1115,7 @@ ELSEWHERE = (                   # or who runs it
 def documented_calls() -> list:
     """What README, docstrings and demo tell to run with Python, from the script's name on."""
     texts = [README]
-    for script in [*HERE.glob("*.py"), *HERE.glob("samples/**/*.py")]:
+    for script in sorted([*HERE.glob("*.py"), *HERE.glob("samples/**/*.py")]):
         texts.append(ast.get_docstring(ast.parse(script.read_text())))
     texts.append((HERE / "samples/demo/README.md").read_text())
     start, commands = r"(?:PYTHONPATH=\S+ )?(?:python|uv run|pytest|pip|git)\s", []
@@ -1145,6 +1145,7 @@ def test_documented_commands_work_where_a_clone_has_them(narrow, tmp_path, monke
     monkeypatch.setattr(evaluate, "evaluate", lambda run, judge, noises, guidance, best, snapshots:
                         real_evaluate(run, judge, 1, guidance[:2], best[:1], snapshots))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])       # to which the scripts add their folders
     kept = [path.read_bytes() for path in (Path("README.md"), *Path("samples").glob("*.txt"))]
     results, runs = Path("samples/results.jsonl"), itertools.count()
     for call in documented_calls():
@@ -1192,7 +1193,7 @@ def test_captions_name_the_related_sound_and_turn_the_order():
         assert toy_sounds.mishear(scene, rng, *shares) == ("then", told)
 
 def test_the_judge_recognises_what_the_toy_world_plays():
-    """Each sound alone, and pairs in this order and not in the other; at any sample rate."""
+    """Each sound alone, and pairs in this order and not in the other; at another sample rate."""
     import torchaudio
     judge, rng = evaluate.load_judge(str(TOY / "judge")), np.random.default_rng(0)
     events = list(toy_sounds.EVENTS)
